@@ -1,0 +1,265 @@
+"""Images, queries and tokens: what a step of training eats (SPEC §5, paper §3.1).
+
+A sample is an image and its queries, in the order caption, sentences, phrases. `scenes` draws its own:
+small images of four objects, each with a size, a colour, a texture and a centre of another colour, with a
+long caption, its sentences, its phrases and a box per object. Everything follows from (split, index).
+"""
+
+import itertools
+import json
+import math
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTokenizer
+
+CONTEXT = 248       # tokens of a caption or a sentence, at most
+DRAWN = 5           # sentences that make a caption when --sentences does not say
+
+
+def fail(message):
+    """End the program with one line on stderr and exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ---------------------------------------------------------------------------------------------- scenes
+
+SIZE = 64           # pixels; four cells of 32
+SPLITS = {"train": 64_000, "test": 1_000}
+SIBLINGS = 4        # test scenes come in groups that differ in one attribute of one object
+
+COLOURS = {
+    "red": (220, 40, 40), "orange": (245, 140, 30), "yellow": (245, 225, 50), "green": (50, 170, 60),
+    "cyan": (60, 210, 220), "blue": (45, 80, 220), "purple": (140, 50, 190), "pink": (250, 140, 190),
+    "white": (250, 250, 250),
+}
+BACKGROUNDS = {
+    "slate": (90, 100, 115), "sand": (200, 185, 150), "moss": (115, 130, 90), "clay": (165, 120, 100),
+    "mist": (185, 195, 205), "plum": (110, 85, 110), "coal": (60, 60, 65), "mint": (165, 200, 180),
+}
+ATTRIBUTES = {
+    "size": ("small", "large"),
+    "colour": tuple(COLOURS),
+    "texture": ("plain", "striped", "dotted", "checkered"),
+    "centre": tuple(COLOURS),
+}
+SHAPES = {  # outlines in the unit square; the circle is drawn as an ellipse
+    "circle": None,
+    "square": [(.08, .08), (.92, .08), (.92, .92), (.08, .92)],
+    "triangle": [(.5, 0), (1, .95), (0, .95)],
+    "diamond": [(.5, 0), (1, .5), (.5, 1), (0, .5)],
+    "cross": [(.3, 0), (.7, 0), (.7, .3), (1, .3), (1, .7), (.7, .7), (.7, 1), (.3, 1), (.3, .7), (0, .7), (0, .3), (.3, .3)],
+    "hexagon": [(.25, .05), (.75, .05), (1, .5), (.75, .95), (.25, .95), (0, .5)],
+    "star": [(.5 + r * math.sin(k * math.pi / 5), .5 - r * math.cos(k * math.pi / 5)) for k in range(10) for r in [(.55, .25)[k % 2]]],
+    "arrow": [(.5, 0), (1, .5), (.72, .5), (.72, 1), (.28, 1), (.28, .5), (0, .5)],
+}
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+
+
+def scene(split, index):
+    """The scene at (split, index): a dict of plain values.
+
+    `objects`: four dicts of the ATTRIBUTES, `shape`, and `box` (x, y, w, h) in pixels, in the order of PLACES;
+    `background`: the names at the top and at the bottom. In `test`, index // SIBLINGS is the group; its first
+    member is the original, each other one changes one attribute of one object.
+    """
+    group, member = (index // SIBLINGS, index % SIBLINGS) if split == "test" else (index, 0)
+    rng = random.Random(f"{split} {group}")
+    objects = []
+    for place in range(4):
+        thing = {name: rng.choice(values) for name, values in ATTRIBUTES.items()} | {"shape": rng.choice(tuple(SHAPES))}
+        while thing["centre"] == thing["colour"]:
+            thing["centre"] = rng.choice(ATTRIBUTES["centre"])
+        thing["corner"] = (rng.random(), rng.random())
+        objects.append(thing)
+    background = tuple(rng.sample(tuple(BACKGROUNDS), 2))
+    if member:
+        changes = [(place, other) for place in range(4) for other in changed(objects[place], 1)]
+        place, other = random.Random(f"{split} {group} siblings").sample(changes, SIBLINGS - 1)[member - 1]
+        objects[place] = other
+    for place, thing in enumerate(objects):
+        side = 27 if thing["size"] == "large" else 18
+        x, y = ((SIZE // 2 - side) * at for at in thing["corner"])
+        thing["box"] = (round(x) + SIZE // 2 * (place % 2), round(y) + SIZE // 2 * (place // 2), side, side)
+    return {"objects": objects, "background": background}
+
+
+def changed(thing, count):
+    """All objects that differ from `thing` in exactly `count` of the ATTRIBUTES (the shape stays, as in FG-OVD)."""
+    for names in itertools.combinations(ATTRIBUTES, count):
+        for values in itertools.product(*([v for v in ATTRIBUTES[n] if v != thing[n]] for n in names)):
+            other = thing | dict(zip(names, values))
+            if other["centre"] != other["colour"]:
+                yield other
+
+
+def article(word):
+    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
+
+
+def expression(thing):
+    """The phrase that says everything of an object: "a large red striped star with an orange centre"."""
+    return f"a {thing['size']} {thing['colour']} {thing['texture']} {thing['shape']} with {article(thing['centre'])} centre"
+
+
+def describe(scene):
+    """A scene's sentences (list of 6 str) and phrases (list of 8 str), not yet sampled."""
+    objects, (top, bottom) = scene["objects"], scene["background"]
+    name = [f"the {o['colour']} {o['shape']}" for o in objects]
+    sentences = [f"In the {place} corner there is {expression(o)}" for place, o in zip(PLACES, objects)]
+    sentences += [f"Here {name[0]} is above {name[2]} and {name[1]} is to the right of it above {name[3]}",
+                  f"The background fades from {top} at the top to {bottom} at the bottom"]
+    phrases = [expression(o) for o in objects]
+    phrases += [f"{article(o['colour'])} {o['shape']} with {article(o['centre'])} centre" for o in objects]
+    return sentences, phrases
+
+
+def draw(scene):
+    """The scene as a PIL image of SIZE x SIZE."""
+    top, bottom = (np.array(BACKGROUNDS[name], dtype=np.float32) for name in scene["background"])
+    fade = np.linspace(0, 1, SIZE, dtype=np.float32)[:, None, None]
+    image = Image.fromarray(np.broadcast_to(top + fade * (bottom - top), (SIZE, SIZE, 3)).astype(np.uint8))
+    for thing in scene["objects"]:
+        x, y, side, _ = thing["box"]
+        tile = Image.new("RGB", (side, side), COLOURS[thing["colour"]])
+        pen, dark = ImageDraw.Draw(tile), (25, 25, 30)
+        if thing["texture"] == "striped":
+            for at in range(1, side, 5):
+                pen.rectangle((0, at, side, at + 1), fill=dark)
+        elif thing["texture"] == "dotted":
+            for u, v in itertools.product(range(1, side, 6), repeat=2):
+                pen.rectangle((u, v, u + 1, v + 1), fill=dark)
+        elif thing["texture"] == "checkered":
+            for u, v in itertools.product(range(0, side, 5), repeat=2):
+                if (u + v) % 2:
+                    pen.rectangle((u, v, u + 4, v + 4), fill=dark)
+        low, high = .28 * side, .72 * side
+        pen.ellipse((low, low, high, high), fill=COLOURS[thing["centre"]])
+        mask = Image.new("L", (side, side))
+        outline = SHAPES[thing["shape"]]
+        if outline is None:
+            ImageDraw.Draw(mask).ellipse((0, 0, side - 1, side - 1), fill=255)
+        else:
+            ImageDraw.Draw(mask).polygon([(u * (side - 1), v * (side - 1)) for u, v in outline], fill=255)
+        image.paste(tile, (x, y), mask)
+    return image
+
+
+def scene_boxes(count=SPLITS["test"] // SIBLINGS):
+    """FG-OVD's protocol on the objects of the first `count` original test scenes.
+
+    Returns a list of dicts: `image` (index into the test split), `box` (x, y, w, h) in pixels, and, for each of
+    hard, medium, easy and trivial, 11 expressions, the positive first.
+    """
+    rows = []
+    for group in range(count):
+        index = group * SIBLINGS
+        others = [o for g in (1, 2, 3) for o in scene("test", (group + g) % count * SIBLINGS)["objects"]]
+        for place, thing in enumerate(scene("test", index)["objects"]):
+            rng = random.Random(f"boxes {index} {place}")
+            row = {"image": index, "box": thing["box"]}
+            for level, split in enumerate(("hard", "medium", "easy"), start=1):
+                row[split] = [expression(o) for o in [thing, *rng.sample(list(changed(thing, level)), 10)]]
+            row["trivial"] = [expression(o) for o in [thing, *rng.sample(others, 10)]]
+            rows.append(row)
+    return rows
+
+
+def scenes_tokenizer():
+    """A CLIPTokenizer that has each word of the scenes as one token, and bytes for all else (no hub)."""
+    words = sorted({word.lower() for index in range(300) for text in sum(describe(scene("train", index)), []) for word in text.split()})
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    bpe.train_from_iterator(words, trainers.BpeTrainer(vocab_size=10_000, end_of_word_suffix="</w>", show_progress=False))
+    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, *(c + "</w>" for c in alphabet), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
+
+
+class Scenes:
+    """The scenes of a split: (epoch, index) -> an image's pixels [3, SIZE, SIZE] and its queries (list of str)."""
+
+    def __init__(self, split, sentences, phrases, seed=0, captions_only=False):
+        self.split, self.sentences, self.phrases, self.seed, self.captions_only = split, sentences, phrases, seed, captions_only
+
+    def __len__(self):
+        return SPLITS[self.split]
+
+    def __getitem__(self, at):
+        one = scene(self.split, at[1])
+        queries = sample_queries(*describe(one), self.sentences, self.phrases, random.Random(f"{self.seed} {at}"))
+        return to_pixels(draw(one)), queries[:1] if self.captions_only else queries
+
+
+# --------------------------------------------------------------------------------- samples to batches
+
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)  # CLIP's
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+
+
+def to_pixels(image):
+    """A PIL image -> normalised float pixels [3, H, W]."""
+    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    return (pixels.float() / 255 - MEAN) / STD
+
+
+def sample_queries(sentences, phrases, n_sentences, n_phrases, rng):
+    """The queries of one draw: the caption, then its sentences, then its phrases (SPEC §5.4, §5.5).
+
+    `n_sentences` are sampled in random order (all, in order, where there are no more) and make the caption;
+    with `n_sentences` = 0 the caption is made of DRAWN, and no sentence is a query.
+    """
+    wanted = n_sentences or DRAWN
+    drawn = rng.sample(sentences, wanted) if len(sentences) > wanted else sentences
+    return [". ".join(drawn), *(drawn if n_sentences else []), *phrases[:n_phrases]]
+
+
+def tokenize(tokenizer, texts, limit=CONTEXT):
+    """Texts -> list of 1-D LongTensors, BOS … EOS. One longer than `limit` is cut so that EOS stays its last token."""
+    ids = tokenizer(texts)["input_ids"]
+    return [torch.tensor(x if len(x) <= limit else x[: limit - 1] + x[-1:]) for x in ids]
+
+
+def collate(samples, tokenizer):
+    """[(pixels, queries)] -> pixels [B, 3, H, W], the tokens of all queries end to end [T], their lengths [N], owner [N].
+
+    One flat tensor crosses from worker to trainer where 2,000 small ones would cost more than the step;
+    `tokens.split(lengths.tolist())` is the list of texts again.
+    """
+    pixels, queries = zip(*samples)
+    texts = tokenize(tokenizer, [text for image in queries for text in image])
+    owner = torch.arange(len(queries)).repeat_interleave(torch.tensor([len(image) for image in queries]))
+    return torch.stack(pixels), torch.cat(texts), torch.tensor([len(text) for text in texts]), owner
+
+
+class Batches:
+    """The batches of one rank, for a DataLoader: lists of (epoch, index), from micro-step `start` to `stop`.
+
+    All ranks walk one endless stream: the data set shuffled once an epoch, epoch after epoch. A micro-step takes
+    the next `world` x `batch` of it, so each sample is drawn exactly once an epoch (SPEC §10.3), no tail is
+    dropped, and a step's samples follow from its number alone.
+    """
+
+    def __init__(self, size, batch, start, stop, rank=0, world=1, seed=0):
+        self.size, self.batch, self.start, self.stop, self.rank, self.world, self.seed = size, batch, start, stop, rank, world, seed
+
+    def __len__(self):
+        return self.stop - self.start
+
+    def __iter__(self):
+        epoch = None
+        for step in range(self.start, self.stop):
+            samples = []
+            for at in range((step * self.world + self.rank) * self.batch, (step * self.world + self.rank + 1) * self.batch):
+                if at // self.size != epoch:
+                    epoch = at // self.size
+                    order = np.random.default_rng([self.seed, epoch]).permutation(self.size)
+                samples.append((epoch, int(order[at % self.size])))
+            yield samples

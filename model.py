@@ -1,0 +1,198 @@
+"""β-CLIP's model: a Hugging Face CLIP, 248 text positions, and a pooler of patches by text (SPEC §2).
+
+    cls, patches = model.encode_image(pixels)      # [B, D], [B, P, D]
+    text = model.encode_text(texts)                # [N, D]
+    pooled = model.pool(text, owner, patches)      # [N, D]
+
+At test time this is a plain CLIP: `cls` against `text`. Patches serve FG-OVD, the pooler serves training.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+KEPT = 20            # text positions that stay as they are, and frozen
+CHUNK_TOKENS = 8192  # a chunk of texts is closed when it holds about so many tokens
+
+TINY = {  # the model of the built-in scenes, trained from scratch in minutes
+    "projection_dim": 128,
+    "vision_config": dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, image_size=64, patch_size=8),
+    "text_config": dict(hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=77),
+}
+
+
+def stretch_positions(weight, keep=KEPT):
+    """Text positions for long captions: [77, D] -> [248, D] (SPEC §2).
+
+    The first `keep` rows stay; each other one becomes four, at 0, ¼, ½, ¾ of the way to its right neighbour; the
+    last one has none and goes on in the direction of its left difference.
+    """
+    rest = weight[keep:]                                                            # [77 - keep, D]
+    step = torch.cat([rest[1:] - rest[:-1], rest[-1:] - rest[-2:-1]])               # [77 - keep, D]
+    quarters = torch.arange(4, dtype=weight.dtype, device=weight.device) / 4
+    between = rest[:, None] + quarters[:, None] * step[:, None]                     # [77 - keep, 4, D]
+    return torch.cat([weight[:keep], between.flatten(0, 1)])
+
+
+class Positions(nn.Module):
+    """An nn.Embedding of text positions whose first rows are a buffer: no gradient, no weight decay."""
+
+    def __init__(self, weight, keep=KEPT):
+        super().__init__()
+        self.register_buffer("kept", weight[:keep].clone())
+        self.learned = nn.Parameter(weight[keep:].clone())
+
+    @property
+    def weight(self):
+        return torch.cat([self.kept, self.learned])  # [248, D]
+
+    def forward(self, ids):
+        return F.embedding(ids, self.weight)
+
+
+class PatchPooler(nn.Module):
+    """Each query pools the patches of its image by cross-attention. No residual from the query: it would leak."""
+
+    def __init__(self, dim, heads=8):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.ln = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), QuickGELU(), nn.Linear(4 * dim, dim))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def forward(self, text, owner, patches):
+        """text [N, D], owner [N] sorted, patches [B, P, D] -> [N, D]. An owner on the CPU spares a host sync."""
+        owner = owner.cpu()
+        counts = owner.bincount(minlength=len(patches))                              # [B] queries of each image
+        slot = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]         # [N] place among its siblings
+        at = (owner * counts.max() + slot).to(text.device, non_blocking=True)        # [N] row in the padded form
+        query = text.new_zeros(len(patches) * int(counts.max()), text.shape[-1])
+        query = query.index_copy(0, at, F.normalize(text, dim=-1).to(query.dtype)).unflatten(0, (len(patches), -1))  # [B, K, D]
+        keys = F.normalize(patches, dim=-1)
+        out = self.attn(query, keys, keys, need_weights=False)[0].flatten(0, 1)[at]  # [N, D]
+        return out + self.mlp(self.ln(out))
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class BetaCLIP(nn.Module):
+    """`clip` with 248 text positions, and a fresh patch pooler. `clip` is changed in place."""
+
+    def __init__(self, clip):
+        super().__init__()
+        self.clip = clip
+        text = clip.text_model.embeddings
+        weight = text.position_embedding.weight.data
+        if len(weight) == 77:
+            weight = stretch_positions(weight)
+        text.position_embedding = Positions(weight)
+        text.register_buffer("position_ids", torch.arange(len(weight))[None], persistent=False)
+        clip.text_model.config.max_position_embeddings = clip.config.text_config.max_position_embeddings = len(weight)
+        self.pooler = PatchPooler(clip.config.projection_dim)
+
+    @property
+    def device(self):
+        return self.clip.logit_scale.device
+
+    @property
+    def context(self):
+        """Tokens of a text, at most."""
+        return self.clip.config.text_config.max_position_embeddings
+
+    @property
+    def image_size(self):
+        return self.clip.config.vision_config.image_size
+
+    def encode_image(self, pixels):
+        """pixels [B, 3, H, W] -> cls [B, D], patches [B, P, D], not normalised.
+
+        `cls` is the stock CLIP image embedding. In the last layer patches take the value-only path: no mixing
+        between them, so each stays the embedding of its own place.
+        """
+        vision = self.clip.vision_model
+        x = vision.pre_layrnorm(vision.embeddings(pixels))                           # [B, 1 + P, W]
+        *layers, last = vision.encoder.layers
+        for layer in layers:
+            x = layer(x, attention_mask=None)
+        attn, h = last.self_attn, last.layer_norm1(x)
+        heads = lambda y: y.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)      # [B, L, W] -> [B, heads, L, W / heads]
+        value = attn.v_proj(h)                                                       # [B, 1 + P, W]
+        cls = F.scaled_dot_product_attention(heads(attn.q_proj(h[:, :1])), heads(attn.k_proj(h)), heads(value))
+        mixed = torch.cat([cls.transpose(1, 2).flatten(2), value[:, 1:]], dim=1)     # [B, 1 + P, W]
+        x = x + attn.out_proj(mixed)
+        x = x + last.mlp(last.layer_norm2(x))
+        x = self.clip.visual_projection(vision.post_layernorm(x))                    # [B, 1 + P, D]
+        return x[:, 0], x[:, 1:]
+
+    def encode_text(self, texts):
+        """texts: list of N 1-D LongTensors, BOS … EOS, best on the CPU -> [N, D], not normalised.
+
+        Equal texts are encoded once, and texts of like length together: the encoder is causal, so a text costs
+        its own length and what pads it changes nothing.
+        """
+        first = {}
+        which = [first.setdefault(tuple(text.tolist()), len(first)) for text in texts]
+        unique = sorted(first, key=len)                                              # tuples, shortest first
+        embeddings, start = [], 0
+        while start < len(unique):
+            end = start + 1
+            while end < len(unique) and (end - start + 1) * len(unique[end]) <= CHUNK_TOKENS and len(unique[end]) <= 1.25 * len(unique[start]) + 2:
+                end += 1
+            embeddings.append(self._encode_chunk(unique[start:end]))
+            start = end
+        place = {text: row for row, text in enumerate(unique)}
+        row = torch.tensor([place[text] for text in first])[torch.tensor(which)]     # [N] rows of the sorted, unique texts
+        return torch.cat(embeddings)[row.to(self.device, non_blocking=True)]
+
+    def _encode_chunk(self, texts):
+        """Tuples of token ids of like length -> [n, D]."""
+        length = torch.tensor([len(text) for text in texts])
+        ids = pad_sequence([torch.tensor(text) for text in texts], batch_first=True)  # [n, L]
+        hidden = self.clip.text_model(input_ids=ids.to(self.device, non_blocking=True)).last_hidden_state  # [n, L, W]
+        eos = (torch.arange(len(texts)) * ids.shape[1] + length - 1).to(self.device, non_blocking=True)
+        return self.clip.text_projection(hidden.flatten(0, 1)[eos])
+
+    def pool(self, text, owner, patches):
+        """Pool each query's image by the query: text [N, D], owner [N], patches [B, P, D] -> [N, D]."""
+        return self.pooler(text, owner, patches)
+
+    def forward(self, pixels, texts, owner):
+        """A training step's embeddings; `texts` are the queries of all images, `owner` their images, sorted.
+
+        Returns cls [B, D], text [N, D], pooled [N, D] (None where the pooler is frozen, as with --cal none).
+        """
+        cls, patches = self.encode_image(pixels)
+        text = self.encode_text(texts)
+        trained = self.pooler.logit_scale.requires_grad
+        return cls, text, self.pool(text, owner, patches) if trained else None
+
+
+def tiny(tokenizer):
+    """The model of the built-in scenes, fresh, for the tokenizer's vocabulary."""
+    ids = dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    return BetaCLIP(CLIPModel(CLIPConfig(**TINY | {"text_config": TINY["text_config"] | ids})))
+
+
+def load(source):
+    """A run's folder -> BetaCLIP on the CPU, ready for eval. Nothing pickled is executed."""
+    path = Path(source) / "checkpoint.pt"
+    if not path.is_file():
+        raise SystemExit(f"{source}: no run here (no {path})")
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    model = BetaCLIP(CLIPModel(CLIPConfig(**json.loads(saved["config"]))))
+    model.load_state_dict(saved["model"])
+    return model.eval()
+
+
+def load_tokenizer(source):
+    """The tokenizer that belongs to the model that `load` makes of the same source."""
+    return CLIPTokenizer.from_pretrained(source)
