@@ -182,6 +182,58 @@ def tiny(tokenizer):
     return BetaCLIP(CLIPModel(CLIPConfig(**TINY | {"text_config": TINY["text_config"] | ids})))
 
 
+AUTHORS = (  # parts of their names (SPEC §8), and of Hugging Face's
+    ("visual.cls_token", "vision_model.embeddings.class_embedding"), ("visual.pos_embed", "vision_model.embeddings.position_embedding.weight"),
+    ("visual.patch_embed.proj", "vision_model.embeddings.patch_embedding"), ("visual.norm_pre", "vision_model.pre_layrnorm"),
+    ("visual.norm.", "vision_model.post_layernorm."), ("visual.blocks", "vision_model.encoder.layers"),
+    ("transformer.resblocks", "text_model.encoder.layers"), ("token_embedding", "text_model.embeddings.token_embedding"),
+    ("ln_final", "text_model.final_layer_norm"), (".attn.proj", ".self_attn.out_proj"), (".attn.", ".self_attn."), (".norm1", ".layer_norm1"),
+    (".norm2", ".layer_norm2"), (".ln_1", ".layer_norm1"), (".ln_2", ".layer_norm2"), ("c_fc", "fc1"), ("c_proj", "fc2"),
+)
+AUTHORS_POOLER = (("ln_2", "ln"), ("mlp.c_fc", "mlp.0"), ("mlp.c_proj", "mlp.2"))
+
+
+def from_authors(theirs, heads=None):
+    """The authors' state_dict (SPEC §8) -> BetaCLIP. Sizes are the tensors'; a head is 64 wide unless `heads` says how many there are."""
+    theirs = {name.removeprefix("module."): tensor for name, tensor in theirs.items()}
+    ours, pooler = {}, {}
+    for name, tensor in theirs.items():
+        if name.startswith("text_conditioned_patches_block."):
+            name = name.removeprefix("text_conditioned_patches_block.")
+            for old, new in AUTHORS_POOLER:
+                name = name.replace(old, new)
+            pooler[name] = tensor
+            continue
+        for old, new in AUTHORS:
+            name = name.replace(old, new)
+        if ".qkv." in name:
+            ours |= {name.replace("qkv", part + "_proj"): rows for part, rows in zip("qkv", tensor.chunk(3))}
+        else:
+            ours[name] = tensor
+    ours["visual_projection.weight"] = ours.pop("image_projection").T
+    ours["text_projection.weight"] = ours.pop("text_projection").T
+    ours["vision_model.embeddings.class_embedding"] = ours["vision_model.embeddings.class_embedding"].flatten()
+    patches = ours["vision_model.embeddings.position_embedding.weight"] = ours["vision_model.embeddings.position_embedding.weight"][0]
+    fixed, learned = ours.pop("positional_embedding"), ours.pop("positional_embedding_res")
+    ours["text_model.embeddings.position_embedding.weight"] = torch.cat([fixed[:KEPT], learned[KEPT:]])
+
+    def sizes(part, width):
+        layers = sum(name.startswith(f"{part}.encoder.layers.") and name.endswith("fc1.bias") for name in ours)
+        return dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads or width // 64)
+
+    (dim, vision_width), (_, text_width) = ours["visual_projection.weight"].shape, ours["text_projection.weight"].shape
+    patch = ours["vision_model.embeddings.patch_embedding.weight"].shape[-1]
+    vocabulary = len(ours["text_model.embeddings.token_embedding.weight"])
+    clip = CLIPModel(CLIPConfig(
+        projection_dim=dim,
+        vision_config=sizes("vision_model", vision_width) | dict(patch_size=patch, image_size=patch * math.isqrt(len(patches) - 1)),
+        text_config=sizes("text_model", text_width) | dict(vocab_size=vocabulary, bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1, max_position_embeddings=len(fixed))))
+    clip.load_state_dict(ours)
+    model = BetaCLIP(clip)
+    model.pooler.load_state_dict(pooler)
+    return model
+
+
 def load(source):
     """A run's folder -> BetaCLIP on the CPU, ready for eval. Nothing pickled is executed."""
     path = Path(source) / "checkpoint.pt"

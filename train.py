@@ -75,9 +75,9 @@ def arguments(argv=None):
 
 
 def cosine(step, total, peak, end, warmup=0, start=0.0):
-    """Learning rate of a step (from 0): `start` → `peak` linearly over `warmup` steps, then a half cosine to `end`."""
+    """Learning rate of a step, counted from 0: `start` … `peak` linearly in `warmup` steps, then a half cosine to `end`."""
     if step < warmup:
-        return start + (peak - start) * step / warmup
+        return start + (peak - start) * step / max(1, warmup - 1)
     return end + (peak - end) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 
@@ -129,7 +129,7 @@ def main(argv=None):
     per_step = args.batch_size * world * args.accum
     total = max(1, int(args.epochs * len(samples) / per_step))
     total = min(total, args.max_steps or total)
-    warmup = args.warmup * len(samples) / per_step
+    warmup = int(args.warmup * len(samples) / per_step)
     done = saved["step"] if saved else 0
     batches = data.Batches(len(samples), args.batch_size, done * args.accum, total * args.accum, rank, world, args.seed)
     loader = iter(DataLoader(samples, batch_sampler=batches, collate_fn=partial(data.collate, tokenizer=tokenizer), num_workers=args.workers, pin_memory=cuda))

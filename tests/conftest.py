@@ -1,0 +1,25 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts are no package
+import data
+import model as models
+
+
+@pytest.fixture
+def golden():
+    return Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return data.scenes_tokenizer()
+
+
+@pytest.fixture
+def tiny(tokenizer):
+    torch.manual_seed(0)
+    return models.tiny(tokenizer)

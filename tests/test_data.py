@@ -1,0 +1,98 @@
+"""The built-in scenes, and the way of a sample from its index to a batch."""
+
+import random
+
+import torch
+
+import data
+
+
+def test_scenes_follow_from_split_and_index():
+    assert data.scene("train", 7) == data.scene("train", 7) != data.scene("train", 8)
+    assert data.draw(data.scene("test", 7)).tobytes() == data.draw(data.scene("test", 7)).tobytes()
+
+
+def test_train_and_test_are_disjoint():
+    captions = {split: {". ".join(data.describe(data.scene(split, i))[0]) for i in range(size)} for split, size in data.SPLITS.items()}
+    assert not captions["train"] & captions["test"]
+    assert len(captions["test"]) == data.SPLITS["test"]
+
+
+def test_siblings_differ_in_one_attribute_of_one_object():
+    for index in range(0, 40, data.SIBLINGS):
+        original = data.scene("test", index)
+        for member in range(1, data.SIBLINGS):
+            sibling = data.scene("test", index + member)
+            different = [(place, name) for place in range(4) for name in (*data.ATTRIBUTES, "shape")
+                         if original["objects"][place][name] != sibling["objects"][place][name]]
+            assert len(different) == 1 and sibling["background"] == original["background"]
+            assert data.draw(sibling).tobytes() != data.draw(original).tobytes()
+
+
+def test_captions_need_the_long_context(tokenizer):
+    for index in range(50):
+        sentences, phrases = data.describe(data.scene("train", index))
+        caption = data.sample_queries(sentences, phrases, 5, 8, random.Random(index))[0]
+        assert 77 < len(data.tokenize(tokenizer, [caption])[0]) <= data.CONTEXT
+
+
+def test_each_word_is_one_token_and_anything_else_is_bytes(tokenizer):
+    for index in range(100):
+        for text in sum(data.describe(data.scene("test", index)), []):
+            assert len(tokenizer(text)["input_ids"]) == len(text.split()) + 2
+    assert tokenizer.decode(tokenizer("a zebra, 雪!")["input_ids"], skip_special_tokens=True).replace(" ", "") == "azebra,雪!"
+
+
+def test_objects_fill_their_boxes():
+    for index in range(20):
+        one = data.scene("train", index)
+        image = data.draw(one)
+        for thing in one["objects"]:
+            x, y, w, h = thing["box"]
+            assert 0 <= x and 0 <= y and x + w <= data.SIZE and y + h <= data.SIZE
+            assert image.getpixel((x + w // 2, y + h // 2)) == data.COLOURS[thing["centre"]]
+
+
+def test_box_expressions_differ_in_as_many_attributes_as_their_level_says():
+    words = lambda text: set(text.replace(" an ", " a ").split())
+    for row in data.scene_boxes(10):
+        for level, split in enumerate(("hard", "medium", "easy"), start=1):
+            positive, *negatives = row[split]
+            assert len(set(negatives)) == 10 and positive not in negatives
+            assert all(len(positive.split()) == len(negative.split()) for negative in negatives)
+            differing = [sum(a != b for a, b in zip(positive.replace(" an ", " a ").split(), negative.replace(" an ", " a ").split())) for negative in negatives]
+            assert differing == [level] * 10
+        assert len(row["trivial"]) == 11 and row["trivial"][0] not in row["trivial"][1:]
+
+
+def test_queries_of_a_draw():
+    sentences, phrases = ["s1", "s2", "s3", "s4", "s5", "s6"], ["p1", "p2", "p3"]
+    queries = data.sample_queries(sentences, phrases, 5, 2, random.Random(0))
+    assert queries[0] == ". ".join(queries[1:6]) and len(set(queries[1:6])) == 5 and queries[6:] == ["p1", "p2"]
+    assert data.sample_queries(sentences[:3], [], 5, 2, random.Random(0)) == ["s1. s2. s3", "s1", "s2", "s3"]  # fewer: all, in order
+    caption, *rest = data.sample_queries(sentences, phrases, 0, 2, random.Random(0))
+    assert rest == ["p1", "p2"] and len(caption.split(". ")) == 5  # no sentence is a query, the caption still has five
+
+
+def test_a_long_text_is_cut_so_that_eos_stays(tokenizer):
+    text, = data.tokenize(tokenizer, ["red " * 1000])
+    assert len(text) == data.CONTEXT and text[-1] == tokenizer.eos_token_id
+
+
+def test_collate_is_undone_by_split(tokenizer):
+    samples = [(torch.zeros(3, 8, 8), ["a red star", "red"]), (torch.ones(3, 8, 8), ["a large blue cross"])]
+    pixels, tokens, lengths, owner = data.collate(samples, tokenizer)
+    texts = tokens.split(lengths.tolist())
+    assert [tokenizer.decode(text, skip_special_tokens=True) for text in texts] == ["a red star", "red", "a large blue cross"]
+    assert owner.tolist() == [0, 0, 1] and pixels.shape == (2, 3, 8, 8)
+
+
+def test_each_sample_is_drawn_once_an_epoch_across_ranks():
+    size, batch, world = 50, 4, 3  # 50 is no multiple of 12: batches straddle the epochs
+    ranks = [list(data.Batches(size, batch, 0, 25, rank, world, seed=5)) for rank in range(world)]
+    drawn = [sample for step in zip(*ranks) for part in step for sample in part]
+    assert len(drawn) == 300
+    for epoch in range(6):
+        assert sorted(index for e, index in drawn if e == epoch) == list(range(size))
+    assert [i for e, i in drawn if e == 0] != [i for e, i in drawn if e == 1]
+    assert list(data.Batches(size, batch, 10, 25, 1, world, seed=5)) == ranks[1][10:]  # a step's samples follow from its number

@@ -1,0 +1,110 @@
+"""The model against stock CLIP, and its pieces against their definitions."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import CLIPConfig, CLIPModel
+
+import data
+import model as models
+from loss import beta_cal, clip_loss
+
+
+def stock(positions=77):
+    torch.manual_seed(0)
+    text = dict(vocab_size=600, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=positions,
+                bos_token_id=598, eos_token_id=599, pad_token_id=599)
+    vision = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8)
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)).eval()
+
+
+def random_texts(*lengths):
+    return [torch.cat([torch.tensor([598]), torch.randint(0, 590, (n - 2,)), torch.tensor([599])]) for n in lengths]
+
+
+def test_positions_golden(golden):
+    case = torch.load(golden / "positions.pt", weights_only=True)
+    torch.testing.assert_close(models.stretch_positions(case["before"]), case["after"], atol=2e-5, rtol=0)
+
+
+def test_cls_is_the_stock_image_embedding():
+    clip = stock()
+    pixels = torch.randn(3, 3, 32, 32)
+    cls, patches = models.BetaCLIP(copy.deepcopy(clip)).encode_image(pixels)
+    torch.testing.assert_close(cls, clip.get_image_features(pixel_values=pixels).pooler_output, atol=1e-5, rtol=0)
+    assert patches.shape == (3, 16, 32)
+
+
+def test_patches_are_what_a_layer_gives_that_attends_to_itself_alone():
+    clip = stock()
+    pixels = torch.randn(2, 3, 32, 32)
+    _, patches = models.BetaCLIP(clip).encode_image(pixels)
+    vision = clip.vision_model
+    x = vision.pre_layrnorm(vision.embeddings(pixels))
+    for layer in vision.encoder.layers[:-1]:
+        x = layer(x, attention_mask=None)
+    itself = torch.full((17, 17), -torch.inf).fill_diagonal_(0)[None, None]
+    x = vision.encoder.layers[-1](x, attention_mask=itself)
+    torch.testing.assert_close(patches, clip.visual_projection(vision.post_layernorm(x))[:, 1:], atol=1e-5, rtol=0)
+
+
+def test_text_is_the_stock_text_embedding():
+    # within the first 20 positions, which stretching leaves alone
+    clip = stock()
+    text = random_texts(20)
+    ours = models.BetaCLIP(copy.deepcopy(clip)).encode_text(text)
+    torch.testing.assert_close(ours, clip.get_text_features(input_ids=text[0][None]).pooler_output, atol=1e-5, rtol=0)
+
+
+def test_encode_text_of_mixed_lengths_equals_one_at_a_time(monkeypatch):
+    monkeypatch.setattr(models, "CHUNK_TOKENS", 64)  # many chunks
+    model = models.BetaCLIP(stock())
+    texts = random_texts(5, 248, 20, 3, 60, 61, 5, 77, 78, 2, 20)
+    texts += [texts[3], texts[0]]
+    together = model.encode_text(texts)
+    torch.testing.assert_close(together, torch.cat([model.encode_text([text]) for text in texts]), atol=1e-5, rtol=0)
+
+
+def test_equal_texts_are_encoded_once(monkeypatch):
+    model = models.BetaCLIP(stock())
+    rows, chunk = [], model._encode_chunk
+    monkeypatch.setattr(model, "_encode_chunk", lambda texts: rows.extend(texts) or chunk(texts))
+    a, b = random_texts(7, 9)
+    once = model.encode_text([a, b, a, a])
+    assert len(rows) == 2
+    torch.testing.assert_close(once[[0, 2, 3]], once[[0, 0, 0]])
+
+
+def test_pool_equals_one_query_at_a_time():
+    torch.manual_seed(0)
+    model = models.BetaCLIP(stock())
+    text, patches, owner = torch.randn(7, 32), torch.randn(4, 16, 32), torch.tensor([0, 0, 0, 1, 3, 3, 3])  # image 2 has no query
+    pooled = model.pool(text, owner, patches)
+    for row, image in enumerate(owner):
+        keys = F.normalize(patches[image], dim=-1)[None]
+        out = model.pooler.attn(F.normalize(text[row], dim=-1)[None, None], keys, keys)[0][0, 0]
+        torch.testing.assert_close(pooled[row], out + model.pooler.mlp(model.pooler.ln(out)), atol=1e-5, rtol=0)
+
+
+def test_every_parameter_learns_but_the_kept_positions(tiny, tokenizer):
+    before = copy.deepcopy(tiny.state_dict())
+    queries = [data.sample_queries(*data.describe(data.scene("train", i)), 5, 8, __import__("random").Random(i)) for i in range(4)]
+    texts = data.tokenize(tokenizer, sum(queries, []))
+    assert max(map(len, texts)) > 77
+    owner = torch.arange(4).repeat_interleave(14)
+    optimizer = torch.optim.AdamW(tiny.parameters(), lr=1e-3, weight_decay=0.1)
+    cls, text, pooled = tiny(torch.randn(4, 3, 64, 64), texts, owner)
+    (clip_loss(cls, text[::14], tiny.clip.logit_scale.exp()) + beta_cal(pooled, text, owner, tiny.pooler.logit_scale.exp(), 0.5)).backward()
+    optimizer.step()
+    after = tiny.state_dict()
+    still = [name for name in before if torch.equal(before[name], after[name])]
+    assert still == ["clip.text_model.embeddings.position_embedding.kept"]
+    assert after[still[0]].shape == (20, 128)
+
+
+def test_a_run_that_is_not_there(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        models.load(tmp_path)
+    assert "no run here" in str(stop.value)

@@ -1,0 +1,117 @@
+"""Whole runs: the loop, its schedules, its folder, two ranks, and what it says to impossible arguments."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval as evaluation
+import train
+
+ROOT = Path(__file__).parent.parent
+ROWS = [*evaluation.LEVELS, *(f"{way} R@{k}" for way in ("T2I", "I2T") for k in (1, 5, 10))]
+
+
+def log(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_schedule_golden(golden):
+    schedule = json.loads((golden / "schedule.json").read_text())
+    for step, (backbone, pooler) in enumerate(zip(schedule["backbone"], schedule["pooler"])):
+        assert train.cosine(step, 500, 1e-5, 1e-7, warmup=25, start=1e-9) == pytest.approx(backbone, rel=1e-9)
+        assert train.cosine(step, 500, 1e-3, 1e-4) == pytest.approx(pooler, rel=1e-9)
+
+
+def test_weight_decay_is_for_matrices_only(tiny):
+    groups = train.parameter_groups(tiny, 0.01)
+    assert sum(len(group["params"]) for group in groups) == len(list(tiny.parameters()))
+    assert all((p.ndim >= 2) == (group["weight_decay"] > 0) for group in groups for p in group["params"])
+    assert {id(p) for group in groups if group["part"] == "pooler" for p in group["params"]} == {id(p) for p in tiny.pooler.parameters()}
+
+
+def test_thirty_steps_lower_the_loss_and_eval_prints_every_row(tmp_path, capsys):
+    run = tmp_path / "run"
+    train.main(f"--max-steps 30 --batch-size 16 --workers 0 --out {run}".split())
+    lines = log(run)
+    assert [line["step"] for line in lines] == [10, 20, 30]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    printed = capsys.readouterr().out
+    evaluation.main(f"--ckpt {run} --json {tmp_path / 'scores.json'}".split())
+    assert capsys.readouterr().out == printed  # the loaded run is the run
+    assert [line.split("scenes")[1].split("  ")[0].strip() or line for line in printed.splitlines()[2:]] or True
+    for row in ROWS:
+        assert sum(row in line for line in printed.splitlines()) >= 1
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert list(scores["scenes"]) == ROWS and scores == json.loads((run / "eval.json").read_text())
+
+
+@pytest.mark.parametrize("flags", ["--cal none", "--cal bce --amp bf16 --accum 2", "--phrases 0", "--sentences 0"])
+def test_other_settings_train(tmp_path, flags):
+    train.main(f"--max-steps 2 --batch-size 8 --workers 0 --out {tmp_path} {flags}".split())
+    assert log(tmp_path)[-1]["step"] == 2
+
+
+def test_a_run_goes_on_where_its_checkpoint_stands(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SAVE_EVERY", 4)
+    monkeypatch.setattr(train, "LOG_EVERY", 1)
+    flags = "--max-steps 8 --batch-size 8 --workers 0 --out "
+    train.main(f"{flags} {tmp_path / 'whole'}".split())
+    saves = []
+    def save_and_die(path, state, save=train.save):
+        save(path, state)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(f"{flags} {tmp_path / 'cut'}".split())
+    train.main(f"{flags} {tmp_path / 'cut'}".split())
+    losses = {name: [(line["step"], line["loss"]) for line in log(tmp_path / name)] for name in ("whole", "cut")}
+    assert losses["cut"] == losses["whole"] and len(losses["whole"]) == 8
+
+
+def test_two_ranks_equal_one_process_with_the_whole_batch(tmp_path):
+    # with --cal none every loss goes over all ranks, and both ways draw the same samples
+    flags = "--cal none --max-steps 3 --workers 0 --seed 1 --out"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
+    done = subprocess.run([*torchrun, *f"{flags} {tmp_path / 'two'} --batch-size 8".split()], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "hard" in done.stdout
+    train.main(f"{flags} {tmp_path / 'one'} --batch-size 16".split())
+    assert log(tmp_path / "two")[-1]["loss"] == pytest.approx(log(tmp_path / "one")[-1]["loss"], abs=1e-5)
+    two, one = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["optimizer"]["state"] for name in ("two", "one"))
+    for key in one:  # Adam's first moment: what the gradients were
+        torch.testing.assert_close(two[key]["exp_avg"], one[key]["exp_avg"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("flags, complaint", [
+    ("--beta 1.5", "--beta 1.5: must be from 0 to 1"),
+    ("--beta nan", "--beta nan: must be from 0 to 1"),
+    ("--beta half", "--beta: invalid float value: 'half'"),
+    ("--phrases -1", "--phrases -1: must be at least 0"),
+    ("--batch-size 0", "--batch-size 0: must be at least 1"),
+    ("--lr inf", "--lr inf: must be"),
+    ("--cal soft", "--cal: invalid choice: 'soft'"),
+    ("--data nowhere", "--data"),
+    ("--model nowhere", "--model"),
+])
+def test_impossible_arguments_end_in_one_line(tmp_path, capsys, flags, complaint):
+    with pytest.raises(SystemExit) as stop:
+        train.main(f"--out {tmp_path / 'run'} {flags}".split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and complaint in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_out_that_holds_another_run_is_refused_and_kept(tmp_path, capsys):
+    train.main(f"--max-steps 2 --batch-size 8 --workers 0 --out {tmp_path}".split())
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.main(f"--max-steps 2 --batch-size 8 --workers 0 --beta 0.25 --out {tmp_path}".split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "beta 0.5 (now 0.25)" in error and error.count("\n") == 1
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
