@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torchvision.transforms.functional import InterpolationMode, center_crop, resize
 from transformers import CLIPTokenizer
 
 CONTEXT = 248       # tokens of a caption or a sentence, at most
@@ -31,31 +32,29 @@ def fail(message):
 # ---------------------------------------------------------------------------------------------- scenes
 
 SIZE = 64           # pixels; four cells of 32
-SPLITS = {"train": 64_000, "test": 1_000}
+CARD = 28           # pixels
+SIDE = {"small": 14, "large": 22}  # pixels of an object on its card
+SPLITS = {"train": 80_000, "test": 1_000}
 SIBLINGS = 4        # test scenes come in groups that differ in one attribute of one object
 
 COLOURS = {
     "red": (220, 40, 40), "orange": (245, 140, 30), "yellow": (245, 225, 50), "green": (50, 170, 60),
-    "cyan": (60, 210, 220), "blue": (45, 80, 220), "purple": (140, 50, 190), "pink": (250, 140, 190),
+    "cyan": (60, 210, 220), "blue": (45, 80, 220), "purple": (140, 50, 190), "pink": (250, 150, 195),
     "white": (250, 250, 250),
 }
-BACKGROUNDS = {
-    "slate": (90, 100, 115), "sand": (200, 185, 150), "moss": (115, 130, 90), "clay": (165, 120, 100),
-    "mist": (185, 195, 205), "plum": (110, 85, 110), "coal": (60, 60, 65), "mint": (165, 200, 180),
-}
+# few, and plain: a background that tells images apart is learned first, and then nothing asks for the objects
+BACKGROUNDS = {"slate": (90, 100, 115), "sand": (200, 185, 150), "moss": (115, 130, 90), "coal": (60, 60, 65)}
 ATTRIBUTES = {
     "size": ("small", "large"),
     "colour": tuple(COLOURS),
     "texture": ("plain", "striped", "dotted", "checkered"),
-    "centre": tuple(COLOURS),
+    "card": tuple(COLOURS),
 }
 SHAPES = {  # outlines in the unit square; the circle is drawn as an ellipse
     "circle": None,
     "square": [(.08, .08), (.92, .08), (.92, .92), (.08, .92)],
     "triangle": [(.5, 0), (1, .95), (0, .95)],
-    "diamond": [(.5, 0), (1, .5), (.5, 1), (0, .5)],
     "cross": [(.3, 0), (.7, 0), (.7, .3), (1, .3), (1, .7), (.7, .7), (.7, 1), (.3, 1), (.3, .7), (0, .7), (0, .3), (.3, .3)],
-    "hexagon": [(.25, .05), (.75, .05), (1, .5), (.75, .95), (.25, .95), (0, .5)],
     "star": [(.5 + r * math.sin(k * math.pi / 5), .5 - r * math.cos(k * math.pi / 5)) for k in range(10) for r in [(.55, .25)[k % 2]]],
     "arrow": [(.5, 0), (1, .5), (.72, .5), (.72, 1), (.28, 1), (.28, .5), (0, .5)],
 }
@@ -66,7 +65,7 @@ def scene(split, index):
     """The scene at (split, index): a dict of plain values.
 
     `objects`: four dicts of the ATTRIBUTES, `shape`, and `box` (x, y, w, h) in pixels, in the order of PLACES;
-    `background`: the names at the top and at the bottom. In `test`, index // SIBLINGS is the group; its first
+    `background`: its name. In `test`, index // SIBLINGS is the group; its first
     member is the original, each other one changes one attribute of one object.
     """
     group, member = (index // SIBLINGS, index % SIBLINGS) if split == "test" else (index, 0)
@@ -74,19 +73,18 @@ def scene(split, index):
     objects = []
     for place in range(4):
         thing = {name: rng.choice(values) for name, values in ATTRIBUTES.items()} | {"shape": rng.choice(tuple(SHAPES))}
-        while thing["centre"] == thing["colour"]:
-            thing["centre"] = rng.choice(ATTRIBUTES["centre"])
+        while thing["card"] == thing["colour"]:
+            thing["card"] = rng.choice(ATTRIBUTES["card"])
         thing["corner"] = (rng.random(), rng.random())
         objects.append(thing)
-    background = tuple(rng.sample(tuple(BACKGROUNDS), 2))
+    background = rng.choice(tuple(BACKGROUNDS))
     if member:
         changes = [(place, other) for place in range(4) for other in changed(objects[place], 1)]
         place, other = random.Random(f"{split} {group} siblings").sample(changes, SIBLINGS - 1)[member - 1]
         objects[place] = other
     for place, thing in enumerate(objects):
-        side = 27 if thing["size"] == "large" else 18
-        x, y = ((SIZE // 2 - side) * at for at in thing["corner"])
-        thing["box"] = (round(x) + SIZE // 2 * (place % 2), round(y) + SIZE // 2 * (place // 2), side, side)
+        x, y = (round(at * (SIZE // 2 - CARD)) for at in thing["corner"])
+        thing["box"] = (x + SIZE // 2 * (place % 2), y + SIZE // 2 * (place // 2), CARD, CARD)
     return {"objects": objects, "background": background}
 
 
@@ -95,7 +93,7 @@ def changed(thing, count):
     for names in itertools.combinations(ATTRIBUTES, count):
         for values in itertools.product(*([v for v in ATTRIBUTES[n] if v != thing[n]] for n in names)):
             other = thing | dict(zip(names, values))
-            if other["centre"] != other["colour"]:
+            if other["card"] != other["colour"]:
                 yield other
 
 
@@ -104,29 +102,29 @@ def article(word):
 
 
 def expression(thing):
-    """The phrase that says everything of an object: "a large red striped star with an orange centre"."""
-    return f"a {thing['size']} {thing['colour']} {thing['texture']} {thing['shape']} with {article(thing['centre'])} centre"
+    """The phrase that says everything of an object: "a large red striped star on an orange card"."""
+    return f"a {thing['size']} {thing['colour']} {thing['texture']} {thing['shape']} on {article(thing['card'])} card"
 
 
 def describe(scene):
     """A scene's sentences (list of 6 str) and phrases (list of 8 str), not yet sampled."""
-    objects, (top, bottom) = scene["objects"], scene["background"]
+    objects = scene["objects"]
     name = [f"the {o['colour']} {o['shape']}" for o in objects]
-    sentences = [f"In the {place} corner there is {expression(o)}" for place, o in zip(PLACES, objects)]
+    sentences = [f"{expression(o).capitalize()} lies in the {place} corner" for place, o in zip(PLACES, objects)]
     sentences += [f"Here {name[0]} is above {name[2]} and {name[1]} is to the right of it above {name[3]}",
-                  f"The background fades from {top} at the top to {bottom} at the bottom"]
+                  f"Behind all of them there is nothing but a plain {scene['background']} background"]
     phrases = [expression(o) for o in objects]
-    phrases += [f"{article(o['colour'])} {o['shape']} with {article(o['centre'])} centre" for o in objects]
+    phrases += [f"{article(o['colour'])} {o['shape']} on {article(o['card'])} card" for o in objects]
     return sentences, phrases
 
 
 def draw(scene):
     """The scene as a PIL image of SIZE x SIZE."""
-    top, bottom = (np.array(BACKGROUNDS[name], dtype=np.float32) for name in scene["background"])
-    fade = np.linspace(0, 1, SIZE, dtype=np.float32)[:, None, None]
-    image = Image.fromarray(np.broadcast_to(top + fade * (bottom - top), (SIZE, SIZE, 3)).astype(np.uint8))
+    image = Image.new("RGB", (SIZE, SIZE), BACKGROUNDS[scene["background"]])
     for thing in scene["objects"]:
-        x, y, side, _ = thing["box"]
+        x, y, *card = thing["box"]
+        image.paste(COLOURS[thing["card"]], (x, y, x + card[0], y + card[1]))
+        side = SIDE[thing["size"]]
         tile = Image.new("RGB", (side, side), COLOURS[thing["colour"]])
         pen, dark = ImageDraw.Draw(tile), (25, 25, 30)
         if thing["texture"] == "striped":
@@ -139,15 +137,13 @@ def draw(scene):
             for u, v in itertools.product(range(0, side, 5), repeat=2):
                 if (u + v) % 2:
                     pen.rectangle((u, v, u + 4, v + 4), fill=dark)
-        low, high = .28 * side, .72 * side
-        pen.ellipse((low, low, high, high), fill=COLOURS[thing["centre"]])
         mask = Image.new("L", (side, side))
         outline = SHAPES[thing["shape"]]
         if outline is None:
             ImageDraw.Draw(mask).ellipse((0, 0, side - 1, side - 1), fill=255)
         else:
             ImageDraw.Draw(mask).polygon([(u * (side - 1), v * (side - 1)) for u, v in outline], fill=255)
-        image.paste(tile, (x, y), mask)
+        image.paste(tile, (x + (CARD - side) // 2, y + (CARD - side) // 2), mask)
     return image
 
 
@@ -184,18 +180,18 @@ def scenes_tokenizer():
 
 
 class Scenes:
-    """The scenes of a split: (epoch, index) -> an image's pixels [3, SIZE, SIZE] and its queries (list of str)."""
+    """The training scenes: (epoch, index) -> an image's pixels [3, size, size] and its queries (list of str)."""
 
-    def __init__(self, split, sentences, phrases, seed=0, captions_only=False):
-        self.split, self.sentences, self.phrases, self.seed, self.captions_only = split, sentences, phrases, seed, captions_only
+    def __init__(self, size, sentences, phrases, seed=0, captions_only=False):
+        self.size, self.sentences, self.phrases, self.seed, self.captions_only = size, sentences, phrases, seed, captions_only
 
     def __len__(self):
-        return SPLITS[self.split]
+        return SPLITS["train"]
 
     def __getitem__(self, at):
-        one = scene(self.split, at[1])
+        one = scene("train", at[1])
         queries = sample_queries(*describe(one), self.sentences, self.phrases, random.Random(f"{self.seed} {at}"))
-        return to_pixels(draw(one)), queries[:1] if self.captions_only else queries
+        return to_pixels(draw(one), self.size), queries[:1] if self.captions_only else queries
 
 
 # --------------------------------------------------------------------------------- samples to batches
@@ -204,10 +200,10 @@ MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)  # CLIP's
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
 
-def to_pixels(image):
-    """A PIL image -> normalised float pixels [3, H, W]."""
-    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    return (pixels.float() / 255 - MEAN) / STD
+def to_pixels(image, size):
+    """A PIL image -> normalised pixels [3, size, size]: shorter side to `size`, bicubic, then the centre (SPEC §6)."""
+    image = center_crop(resize(image.convert("RGB"), size, InterpolationMode.BICUBIC), size)
+    return (torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 - MEAN) / STD
 
 
 def sample_queries(sentences, phrases, n_sentences, n_phrases, rng):

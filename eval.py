@@ -6,13 +6,11 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torchvision.ops import roi_align
-from tqdm import tqdm
 
 import data
 import model as models
@@ -60,12 +58,10 @@ def embed_texts(model, tokenizer, texts):
 
 def scenes(model, tokenizer):
     """The built-in benchmark: retrieval over all test scenes, FG-OVD's protocol on the boxes of the originals."""
-    if model.image_size != data.SIZE:
-        raise SystemExit(f"eval.py: bench scenes has images of {data.SIZE} px, the model wants {model.image_size}: evaluate a run of --data scenes")
     drawn = [data.scene("test", index) for index in range(data.SPLITS["test"])]
     cls, kept = [], []
     for at in range(0, len(drawn), BATCH):
-        pixels = torch.stack([data.to_pixels(data.draw(one)) for one in drawn[at:at + BATCH]]).to(model.device)
+        pixels = torch.stack([data.to_pixels(data.draw(one), model.image_size) for one in drawn[at:at + BATCH]]).to(model.device)
         c, patches = model.encode_image(pixels)
         cls.append(F.normalize(c, dim=-1))
         kept.append(patches)
@@ -106,12 +102,13 @@ def table(results):
 def latest_run(root="runs"):
     runs = sorted(Path(root).glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
     if not runs:
-        raise SystemExit(f"eval.py: no run under {root}/: train one with `torchrun train.py --beta 0.5`, or name one with --ckpt")
+        data.fail(f"no run under {root}/: train one with `torchrun train.py --beta 0.5`, or name one with --ckpt")
     return runs[-1].parent
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = data.fail
     parser.add_argument("--bench", nargs="+", choices=BENCHES, default=["scenes"])
     parser.add_argument("--ckpt", help="a run's folder (default: the latest under runs/)")
     parser.add_argument("--json", help="write the scores here too")

@@ -177,9 +177,14 @@ class BetaCLIP(nn.Module):
 
 
 def tiny(tokenizer):
-    """The model of the built-in scenes, fresh, for the tokenizer's vocabulary."""
+    """The model of the built-in scenes, from scratch, for the vocabulary of `tokenizer`."""
     ids = dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return BetaCLIP(CLIPModel(CLIPConfig(**TINY | {"text_config": TINY["text_config"] | ids})))
+
+
+def pretrained(name):
+    """A Hugging Face CLIP, hub name or folder, with stretched positions and a fresh pooler. OSError where there is none."""
+    return BetaCLIP(CLIPModel.from_pretrained(name))
 
 
 AUTHORS = (  # parts of their names (SPEC §8), and of Hugging Face's

@@ -58,7 +58,7 @@ def arguments(argv=None):
     parser.add_argument("--workers", type=int, help="loader processes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="the run's folder (default: runs/…, named by data, cal, beta and seed)")
-    parser.add_argument("--model", help="'tiny', from scratch")
+    parser.add_argument("--model", help="'tiny', from scratch; or a Hugging Face CLIP: its hub name or a folder")
     parser.add_argument("--data", choices=DEFAULTS, default="scenes")
     args = parser.parse_args(argv)
     for name, value in DEFAULTS[args.data].items():
@@ -123,9 +123,15 @@ def main(argv=None):
         other = ", ".join(f"{name} {saved['args'].get(name)} (now {value})" for name, value in chosen.items() if saved["args"].get(name) != value)
         data.fail(f"--out {out} holds another run: {other}: choose another --out")
 
-    # ---- data
-    tokenizer = data.scenes_tokenizer()
-    samples = data.Scenes("train", args.sentences, args.phrases, seed=args.seed, captions_only=args.cal == "none")
+    # ---- model and data
+    if args.data != "scenes":
+        data.fail(f"--data {args.data}: the loader of real data is not there yet, scenes is")
+    try:
+        tokenizer = data.scenes_tokenizer() if args.model == "tiny" else models.load_tokenizer(args.model)
+        model = (models.tiny(tokenizer) if args.model == "tiny" else models.pretrained(args.model)).to(device)
+    except OSError as error:
+        data.fail(f"--model {args.model}: neither 'tiny' nor a CLIP on this disk or the hub: {str(error).splitlines()[0]}")
+    samples = data.Scenes(model.image_size, args.sentences, args.phrases, seed=args.seed, captions_only=args.cal == "none")
     per_step = args.batch_size * world * args.accum
     total = max(1, int(args.epochs * len(samples) / per_step))
     total = min(total, args.max_steps or total)
@@ -134,8 +140,7 @@ def main(argv=None):
     batches = data.Batches(len(samples), args.batch_size, done * args.accum, total * args.accum, rank, world, args.seed)
     loader = iter(DataLoader(samples, batch_sampler=batches, collate_fn=partial(data.collate, tokenizer=tokenizer), num_workers=args.workers, pin_memory=cuda))
 
-    # ---- model and optimiser
-    model = models.tiny(tokenizer).to(device)
+    # ---- optimiser
     model.pooler.requires_grad_(args.cal != "none")
     optimizer = torch.optim.AdamW(parameter_groups(model, args.wd), lr=args.lr, betas=(0.9, 0.98), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")

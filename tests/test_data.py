@@ -43,18 +43,22 @@ def test_each_word_is_one_token_and_anything_else_is_bytes(tokenizer):
     assert tokenizer.decode(tokenizer("a zebra, 雪!")["input_ids"], skip_special_tokens=True).replace(" ", "") == "azebra,雪!"
 
 
-def test_objects_fill_their_boxes():
+def test_boxes_are_the_objects_cards():
     for index in range(20):
         one = data.scene("train", index)
         image = data.draw(one)
         for thing in one["objects"]:
             x, y, w, h = thing["box"]
             assert 0 <= x and 0 <= y and x + w <= data.SIZE and y + h <= data.SIZE
-            assert image.getpixel((x + w // 2, y + h // 2)) == data.COLOURS[thing["centre"]]
+            corners = [(x, y), (x + w - 1, y + h - 1)]
+            assert {image.getpixel(at) for at in corners} == {data.COLOURS[thing["card"]]}
+            if x % 32:  # room on the left, in the same cell
+                assert image.getpixel((x - 1, y)) == data.BACKGROUNDS[one["background"]]
+            middle = {image.getpixel((x + w // 2 + dx, y + h // 2 + dy)) for dx in range(-3, 4) for dy in range(-3, 4)}
+            assert data.COLOURS[thing["colour"]] in middle
 
 
 def test_box_expressions_differ_in_as_many_attributes_as_their_level_says():
-    words = lambda text: set(text.replace(" an ", " a ").split())
     for row in data.scene_boxes(10):
         for level, split in enumerate(("hard", "medium", "easy"), start=1):
             positive, *negatives = row[split]

@@ -1,6 +1,10 @@
 """The model against stock CLIP, and its pieces against their definitions."""
 
+import argparse
 import copy
+import math
+import random
+import re
 
 import pytest
 import torch
@@ -8,6 +12,7 @@ import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPModel
 
 import data
+import eval as evaluation
 import model as models
 from loss import beta_cal, clip_loss
 
@@ -90,7 +95,7 @@ def test_pool_equals_one_query_at_a_time():
 
 def test_every_parameter_learns_but_the_kept_positions(tiny, tokenizer):
     before = copy.deepcopy(tiny.state_dict())
-    queries = [data.sample_queries(*data.describe(data.scene("train", i)), 5, 8, __import__("random").Random(i)) for i in range(4)]
+    queries = [data.sample_queries(*data.describe(data.scene("train", i)), 5, 8, random.Random(i)) for i in range(4)]
     texts = data.tokenize(tokenizer, sum(queries, []))
     assert max(map(len, texts)) > 77
     owner = torch.arange(4).repeat_interleave(14)
@@ -108,3 +113,47 @@ def test_a_run_that_is_not_there(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         models.load(tmp_path)
     assert "no run here" in str(stop.value)
+
+
+# ---- the whole of it, against the authors' code
+
+@pytest.fixture
+def authors(golden):
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        saved = torch.load(golden / "authors_checkpoint.pt", weights_only=True)
+    return models.from_authors(saved["state_dict"], heads=4)
+
+
+@pytest.fixture
+def forward(golden):
+    case = torch.load(golden / "forward.pt", weights_only=True)
+    rows = [row for image in zip(case["text"], case["phrases"]) for level in image for row in level]
+    return case, [row[: (row != 0).sum()] for row in rows], torch.arange(3).repeat_interleave(12)
+
+
+def test_forward_golden(authors, forward):
+    case, texts, owner = forward
+    cls, text, pooled = authors(case["pixels"], texts, owner)
+    _, patches = authors.encode_image(case["pixels"])
+    boxes = torch.tensor([box["bbox"] for box in case["boxes"]]) / torch.tensor([[box["width"], box["height"]] * 2 for box in case["boxes"]])
+    regions = evaluation.box_embeddings(patches, boxes, torch.arange(3))
+    for ours, name in [(cls, "cls"), (patches, "patches"), (F.normalize(text, dim=-1), "text_embed"), (pooled, "pooled"), (regions, "roi")]:
+        torch.testing.assert_close(ours.view_as(case[name]), case[name], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["ce", "bce"])
+def test_losses_and_gradients_golden(authors, forward, kind):
+    case, texts, owner = forward
+    cls, text, pooled = authors(case["pixels"], texts, owner)
+    clip = clip_loss(cls, text[::12], authors.clip.logit_scale.exp())
+    cal = beta_cal(pooled, text, owner, authors.pooler.logit_scale.exp(), 0.5, kind)
+    (clip + cal).backward()
+    torch.testing.assert_close(clip, case[f"clip_{kind}"], atol=2e-5, rtol=0)
+    torch.testing.assert_close(cal, case[f"cal_{kind}"], atol=2e-5, rtol=0)
+    # every gradient's norm; in theirs q, k and v are one parameter, and so are their norms put together here
+    norms = sorted(norm for norm in case[f"gradnorm_{kind}"].values())
+    ours = {}
+    for name, p in authors.named_parameters():
+        fused = re.sub(r"(vision.*self_attn)\.[qkv]_proj", r"\1.qkv", name)
+        ours[fused] = math.hypot(ours.get(fused, 0), p.grad.norm().item())
+    assert sorted(ours.values()) == pytest.approx(norms, rel=1e-4, abs=2e-5)
