@@ -32,8 +32,8 @@ def fail(message):
 # ---------------------------------------------------------------------------------------------- scenes
 
 SIZE = 64           # pixels; four cells of 32
-CARD = 28           # pixels
-SIDE = {"small": 14, "large": 22}  # pixels of an object on its card
+CARD = 29           # pixels
+SIDE = {"small": 13, "large": 23}  # pixels of an object on its card
 SPLITS = {"train": 80_000, "test": 1_000}
 SIBLINGS = 4        # test scenes come in groups that differ in one attribute of one object
 
@@ -97,13 +97,9 @@ def changed(thing, count):
                 yield other
 
 
-def article(word):
-    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
-
-
 def expression(thing):
-    """The phrase that says everything of an object: "a large red striped star on an orange card"."""
-    return f"a {thing['size']} {thing['colour']} {thing['texture']} {thing['shape']} on {article(thing['card'])} card"
+    """The phrase that says everything of an object: "a large red star on a striped orange card"."""
+    return f"a {thing['size']} {thing['colour']} {thing['shape']} on a {thing['texture']} {thing['card']} card"
 
 
 def describe(scene):
@@ -114,7 +110,7 @@ def describe(scene):
     sentences += [f"Here {name[0]} is above {name[2]} and {name[1]} is to the right of it above {name[3]}",
                   f"Behind all of them there is nothing but a plain {scene['background']} background"]
     phrases = [expression(o) for o in objects]
-    phrases += [f"{article(o['colour'])} {o['shape']} on {article(o['card'])} card" for o in objects]
+    phrases += [f"a {o['size']} {o['colour']} {o['shape']} on a {o['texture']} card" for o in objects]
     return sentences, phrases
 
 
@@ -122,28 +118,26 @@ def draw(scene):
     """The scene as a PIL image of SIZE x SIZE."""
     image = Image.new("RGB", (SIZE, SIZE), BACKGROUNDS[scene["background"]])
     for thing in scene["objects"]:
-        x, y, *card = thing["box"]
-        image.paste(COLOURS[thing["card"]], (x, y, x + card[0], y + card[1]))
-        side = SIDE[thing["size"]]
-        tile = Image.new("RGB", (side, side), COLOURS[thing["colour"]])
-        pen, dark = ImageDraw.Draw(tile), (25, 25, 30)
+        x, y, *_ = thing["box"]
+        card = Image.new("RGB", (CARD, CARD), COLOURS[thing["card"]])
+        pen, dark = ImageDraw.Draw(card), (25, 25, 30)
         if thing["texture"] == "striped":
-            for at in range(1, side, 5):
-                pen.rectangle((0, at, side, at + 1), fill=dark)
+            for at in range(2, CARD, 5):
+                pen.rectangle((0, at, CARD, at + 1), fill=dark)
         elif thing["texture"] == "dotted":
-            for u, v in itertools.product(range(1, side, 6), repeat=2):
+            for u, v in itertools.product(range(1, CARD, 5), repeat=2):
                 pen.rectangle((u, v, u + 1, v + 1), fill=dark)
         elif thing["texture"] == "checkered":
-            for u, v in itertools.product(range(0, side, 5), repeat=2):
-                if (u + v) % 2:
-                    pen.rectangle((u, v, u + 4, v + 4), fill=dark)
-        mask = Image.new("L", (side, side))
-        outline = SHAPES[thing["shape"]]
-        if outline is None:
-            ImageDraw.Draw(mask).ellipse((0, 0, side - 1, side - 1), fill=255)
+            for u, v in itertools.product(range(0, CARD, 4), repeat=2):
+                if (u + v) % 8:
+                    pen.rectangle((u, v, u + 3, v + 3), fill=dark)
+        side = SIDE[thing["size"]]
+        left = (CARD - side) // 2
+        if thing["shape"] == "circle":
+            pen.ellipse((left, left, left + side - 1, left + side - 1), fill=COLOURS[thing["colour"]])
         else:
-            ImageDraw.Draw(mask).polygon([(u * (side - 1), v * (side - 1)) for u, v in outline], fill=255)
-        image.paste(tile, (x + (CARD - side) // 2, y + (CARD - side) // 2), mask)
+            pen.polygon([(left + u * (side - 1), left + v * (side - 1)) for u, v in SHAPES[thing["shape"]]], fill=COLOURS[thing["colour"]])
+        image.paste(card, (x, y))
     return image
 
 

@@ -114,8 +114,11 @@ def main(argv=None):
     parser.add_argument("--json", help="write the scores here too")
     args = parser.parse_args(argv)
     source = args.ckpt or latest_run()
-    model = models.load(source).to("cuda" if torch.cuda.is_available() else "cpu")
-    results = evaluate(model, models.load_tokenizer(source), args.bench)
+    try:
+        model, tokenizer = models.load(source), models.load_tokenizer(source)
+    except (OSError, ValueError) as error:
+        data.fail(f"--ckpt {source}: {str(error).splitlines()[0]}")
+    results = evaluate(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, args.bench)
     print(f"{source}\n{table(results)}")
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=1) + "\n")

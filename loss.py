@@ -46,7 +46,7 @@ def beta_cal(visual, text, owner, scale, beta, kind="ce"):
     kind:          "ce", the soft form, or "bce", the hard form
     Returns a scalar.
     """
-    v, t, owner = unit(visual), unit(text), owner.to(visual.device)
+    v, t, owner = unit(visual), unit(text), owner.to(visual.device, non_blocking=True)
     own = (v * t).sum(1)                                                              # [N] v_i · t_i
     # images are at most N: sized so, nothing has to be read back from the device
     counts = torch.zeros_like(own).index_add(0, owner, torch.ones_like(own))          # [N] queries of image b

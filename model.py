@@ -7,6 +7,7 @@
 At test time this is a plain CLIP: `cls` against `text`. Patches serve FG-OVD, the pooler serves training.
 """
 
+import argparse
 import json
 import math
 from pathlib import Path
@@ -239,14 +240,32 @@ def from_authors(theirs, heads=None):
     return model
 
 
-def load(source):
-    """A run's folder -> BetaCLIP on the CPU, ready for eval. Nothing pickled is executed."""
-    path = Path(source) / "checkpoint.pt"
-    if not path.is_file():
-        raise SystemExit(f"{source}: no run here (no {path})")
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    model = BetaCLIP(CLIPModel(CLIPConfig(**json.loads(saved["config"]))))
-    model.load_state_dict(saved["model"])
+def read(path):
+    """A torch file -> what it holds; tensors and plain values only: nothing pickled is executed. ValueError for any other file."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the authors' checkpoints hold one
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path}: not a checkpoint that can be read safely ({str(error).splitlines()[0]})") from error
+
+
+def load(source, heads=None):
+    """A run's folder, or an authors' .pt -> BetaCLIP on the CPU, ready for eval.
+
+    `heads`: attention heads of the authors' towers, where a head is not 64 wide.
+    Raises OSError where nothing is, ValueError where something else is.
+    """
+    path = Path(source)
+    saved = read(path / "checkpoint.pt" if path.is_dir() else path)
+    if isinstance(saved, dict) and "config" in saved:
+        model = BetaCLIP(CLIPModel(CLIPConfig(**json.loads(saved["config"]))))
+        model.load_state_dict(saved["model"])
+    elif isinstance(saved, dict) and any(name.endswith("positional_embedding_res") for name in saved.get("state_dict", ())):
+        model = from_authors(saved["state_dict"], heads)
+    else:
+        raise ValueError(f"{path}: neither a checkpoint of train.py nor one of the authors'")
     return model.eval()
 
 

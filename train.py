@@ -118,7 +118,10 @@ def main(argv=None):
     # ---- the run's folder
     out, checkpoint = Path(args.out), Path(args.out) / "checkpoint.pt"
     chosen = {name: value for name, value in vars(args).items() if name not in ("out", "workers")}
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True) if checkpoint.is_file() else None
+    try:
+        saved = models.read(checkpoint) if checkpoint.is_file() else None
+    except (OSError, ValueError) as error:
+        data.fail(f"--out {out}: {error}")
     if saved and saved["args"] != chosen:
         other = ", ".join(f"{name} {saved['args'].get(name)} (now {value})" for name, value in chosen.items() if saved["args"].get(name) != value)
         data.fail(f"--out {out} holds another run: {other}: choose another --out")

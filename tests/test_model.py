@@ -1,10 +1,10 @@
 """The model against stock CLIP, and its pieces against their definitions."""
 
-import argparse
 import copy
 import math
 import random
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,19 +109,29 @@ def test_every_parameter_learns_but_the_kept_positions(tiny, tokenizer):
     assert after[still[0]].shape == (20, 128)
 
 
-def test_a_run_that_is_not_there(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
+class Payload:
+    def __reduce__(self):
+        return exec, ("import pathlib; pathlib.Path('executed').touch()",)
+
+
+def test_what_is_no_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match="checkpoint.pt"):
         models.load(tmp_path)
-    assert "no run here" in str(stop.value)
+    torch.save({"config": Payload()}, "pickle.pt")
+    torch.save({"weights": torch.ones(1)}, "other.pt")
+    Path("text.pt").write_text("not torch at all")
+    for name, complaint in [("pickle.pt", "read safely"), ("text.pt", "read safely"), ("other.pt", "neither a checkpoint")]:
+        with pytest.raises(ValueError, match=complaint):
+            models.load(name)
+    assert not Path("executed").exists()
 
 
 # ---- the whole of it, against the authors' code
 
 @pytest.fixture
 def authors(golden):
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        saved = torch.load(golden / "authors_checkpoint.pt", weights_only=True)
-    return models.from_authors(saved["state_dict"], heads=4)
+    return models.load(golden / "authors_checkpoint.pt", heads=4)
 
 
 @pytest.fixture
