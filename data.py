@@ -1,8 +1,8 @@
-"""Images, queries and tokens: what a step of training eats (SPEC §5, paper §3.1).
+"""Images, queries and tokens: what a step of training eats (SPEC §5).
 
-A sample is an image and its queries, in the order caption, sentences, phrases. `scenes` draws its own:
-small images of four objects, each with a size, a colour, a texture and a centre of another colour, with a
-long caption, its sentences, its phrases and a box per object. Everything follows from (split, index).
+A sample is an image and its queries, in the order caption, sentences, phrases. `scenes` draws its own: four
+objects, each of a size and a colour on a card of a texture and another colour, with a long caption, its
+sentences, its phrases and a box per object. Everything follows from (split, index); no file is on disk.
 """
 
 import itertools
@@ -19,8 +19,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torchvision.transforms.functional import InterpolationMode, center_crop, resize
 from transformers import CLIPTokenizer
 
-CONTEXT = 248       # tokens of a caption or a sentence, at most
-DRAWN = 5           # sentences that make a caption when --sentences does not say
+CONTEXT = 248  # tokens of a text, at most
+DRAWN = 5      # sentences that make a caption where no sentence is a query
 
 
 def fail(message):
@@ -31,11 +31,13 @@ def fail(message):
 
 # ---------------------------------------------------------------------------------------------- scenes
 
-SIZE = 64           # pixels; four cells of 32
-CARD = 29           # pixels
+# Made so that a small model learns it in minutes: each attribute fills patches of its own, and there are 3,456
+# different objects, so that a phrase seldom stands twice in a batch, where it would be a false negative.
+SIZE = 64   # pixels; four cells of 32
+CARD = 29   # pixels
 SIDE = {"small": 13, "large": 23}  # pixels of an object on its card
 SPLITS = {"train": 80_000, "test": 1_000}
-SIBLINGS = 4        # test scenes come in groups that differ in one attribute of one object
+SIBLINGS = 4  # test scenes come in groups that differ in one attribute of one object
 
 COLOURS = {
     "red": (220, 40, 40), "orange": (245, 140, 30), "yellow": (245, 225, 50), "green": (50, 170, 60),
@@ -65,8 +67,8 @@ def scene(split, index):
     """The scene at (split, index): a dict of plain values.
 
     `objects`: four dicts of the ATTRIBUTES, `shape`, and `box` (x, y, w, h) in pixels, in the order of PLACES;
-    `background`: its name. In `test`, index // SIBLINGS is the group; its first
-    member is the original, each other one changes one attribute of one object.
+    `background`: its name. In `test`, index // SIBLINGS is the group; its first member is the original, each
+    other one changes one attribute of one object.
     """
     group, member = (index // SIBLINGS, index % SIBLINGS) if split == "test" else (index, 0)
     rng = random.Random(f"{split} {group}")
@@ -136,7 +138,8 @@ def draw(scene):
         if thing["shape"] == "circle":
             pen.ellipse((left, left, left + side - 1, left + side - 1), fill=COLOURS[thing["colour"]])
         else:
-            pen.polygon([(left + u * (side - 1), left + v * (side - 1)) for u, v in SHAPES[thing["shape"]]], fill=COLOURS[thing["colour"]])
+            outline = [(left + u * (side - 1), left + v * (side - 1)) for u, v in SHAPES[thing["shape"]]]
+            pen.polygon(outline, fill=COLOURS[thing["colour"]])
         image.paste(card, (x, y))
     return image
 
@@ -163,7 +166,8 @@ def scene_boxes(count=SPLITS["test"] // SIBLINGS):
 
 def scenes_tokenizer():
     """A CLIPTokenizer that has each word of the scenes as one token, and bytes for all else (no hub)."""
-    words = sorted({word.lower() for index in range(300) for text in sum(describe(scene("train", index)), []) for word in text.split()})
+    texts = [text for index in range(300) for text in sum(describe(scene("train", index)), [])]
+    words = sorted({word for text in texts for word in text.lower().split()})
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     bpe.train_from_iterator(words, trainers.BpeTrainer(vocab_size=10_000, end_of_word_suffix="</w>", show_progress=False))

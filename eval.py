@@ -16,7 +16,7 @@ import data
 import model as models
 
 LEVELS = ("hard", "medium", "easy", "trivial")
-BATCH = 256  # images, or texts, encoded at a time
+BATCH = 1024  # images, or texts, encoded at a time
 
 
 def recall(similarity, owner, ks=(1, 5, 10)):
@@ -52,8 +52,8 @@ def box_embeddings(patches, boxes, image):
 
 def embed_texts(model, tokenizer, texts):
     """Texts (list of N str) -> [N, D], normalised."""
-    out = [model.encode_text(data.tokenize(tokenizer, texts[at:at + 8 * BATCH], model.context)) for at in range(0, len(texts), 8 * BATCH)]
-    return F.normalize(torch.cat(out), dim=-1)
+    ids = data.tokenize(tokenizer, texts, model.context)
+    return F.normalize(torch.cat([model.encode_text(ids[at:at + BATCH]) for at in range(0, len(ids), BATCH)]), dim=-1)
 
 
 def scenes(model, tokenizer):
@@ -81,7 +81,8 @@ def scenes(model, tokenizer):
 
 
 BENCHES = {"scenes": scenes}
-CHANCE = {"scenes": dict.fromkeys(LEVELS, 100 / 11) | {f"{way} R@{k}": 100 * k / data.SPLITS["test"] for way in ("T2I", "I2T") for k in (1, 5, 10)}}
+CHANCE = {"scenes": dict.fromkeys(LEVELS, 100 / 11)
+          | {f"{way} R@{k}": 100 * k / data.SPLITS["test"] for way in ("T2I", "I2T") for k in (1, 5, 10)}}
 
 
 @torch.inference_mode()

@@ -23,8 +23,10 @@ CHUNK_TOKENS = 8192  # a chunk of texts is closed when it holds about so many to
 
 TINY = {  # the model of the built-in scenes, trained from scratch in minutes
     "projection_dim": 128,
-    "vision_config": dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, image_size=64, patch_size=8),
-    "text_config": dict(hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=77),
+    "vision_config": dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
+                          image_size=64, patch_size=8),
+    "text_config": dict(hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+                        max_position_embeddings=77),
 }
 
 
@@ -73,8 +75,9 @@ class PatchPooler(nn.Module):
         counts = owner.bincount(minlength=len(patches))                              # [B] queries of each image
         slot = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]         # [N] place among its siblings
         at = (owner * counts.max() + slot).to(text.device, non_blocking=True)        # [N] row in the padded form
-        query = text.new_zeros(len(patches) * int(counts.max()), text.shape[-1])
-        query = query.index_copy(0, at, F.normalize(text, dim=-1).to(query.dtype)).unflatten(0, (len(patches), -1))  # [B, K, D]
+        query = F.normalize(text, dim=-1)                                            # [N, D]
+        query = query.new_zeros(len(patches) * int(counts.max()), text.shape[-1]).index_copy(0, at, query)
+        query = query.unflatten(0, (len(patches), -1))                               # [B, K, D]
         keys = F.normalize(patches, dim=-1)
         out = self.attn(query, keys, keys, need_weights=False)[0].flatten(0, 1)[at]  # [N, D]
         return out + self.mlp(self.ln(out))
@@ -145,8 +148,8 @@ class BetaCLIP(nn.Module):
         unique = sorted(first, key=len)                                              # tuples, shortest first
         embeddings, start = [], 0
         while start < len(unique):
-            end = start + 1
-            while end < len(unique) and (end - start + 1) * len(unique[end]) <= CHUNK_TOKENS and len(unique[end]) <= 1.25 * len(unique[start]) + 2:
+            end, limit = start + 1, 1.25 * len(unique[start]) + 2  # padding is a fifth of a chunk at the worst
+            while end < len(unique) and len(unique[end]) <= limit and (end - start + 1) * len(unique[end]) <= CHUNK_TOKENS:
                 end += 1
             embeddings.append(self._encode_chunk(unique[start:end]))
             start = end
@@ -179,7 +182,8 @@ class BetaCLIP(nn.Module):
 
 def tiny(tokenizer):
     """The model of the built-in scenes, from scratch, for the vocabulary of `tokenizer`."""
-    ids = dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    ids = dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+               pad_token_id=tokenizer.pad_token_id)
     return BetaCLIP(CLIPModel(CLIPConfig(**TINY | {"text_config": TINY["text_config"] | ids})))
 
 
@@ -189,7 +193,8 @@ def pretrained(name):
 
 
 AUTHORS = (  # parts of their names (SPEC §8), and of Hugging Face's
-    ("visual.cls_token", "vision_model.embeddings.class_embedding"), ("visual.pos_embed", "vision_model.embeddings.position_embedding.weight"),
+    ("visual.cls_token", "vision_model.embeddings.class_embedding"),
+    ("visual.pos_embed", "vision_model.embeddings.position_embedding.weight"),
     ("visual.patch_embed.proj", "vision_model.embeddings.patch_embedding"), ("visual.norm_pre", "vision_model.pre_layrnorm"),
     ("visual.norm.", "vision_model.post_layernorm."), ("visual.blocks", "vision_model.encoder.layers"),
     ("transformer.resblocks", "text_model.encoder.layers"), ("token_embedding", "text_model.embeddings.token_embedding"),
@@ -200,7 +205,7 @@ AUTHORS_POOLER = (("ln_2", "ln"), ("mlp.c_fc", "mlp.0"), ("mlp.c_proj", "mlp.2")
 
 
 def from_authors(theirs, heads=None):
-    """The authors' state_dict (SPEC §8) -> BetaCLIP. Sizes are the tensors'; a head is 64 wide unless `heads` says how many there are."""
+    """The authors' state_dict (SPEC §8) -> BetaCLIP. Sizes are the tensors'; `heads` where a head is not 64 wide."""
     theirs = {name.removeprefix("module."): tensor for name, tensor in theirs.items()}
     ours, pooler = {}, {}
     for name, tensor in theirs.items():
@@ -230,10 +235,10 @@ def from_authors(theirs, heads=None):
     (dim, vision_width), (_, text_width) = ours["visual_projection.weight"].shape, ours["text_projection.weight"].shape
     patch = ours["vision_model.embeddings.patch_embedding.weight"].shape[-1]
     vocabulary = len(ours["text_model.embeddings.token_embedding.weight"])
-    clip = CLIPModel(CLIPConfig(
-        projection_dim=dim,
-        vision_config=sizes("vision_model", vision_width) | dict(patch_size=patch, image_size=patch * math.isqrt(len(patches) - 1)),
-        text_config=sizes("text_model", text_width) | dict(vocab_size=vocabulary, bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1, max_position_embeddings=len(fixed))))
+    vision = sizes("vision_model", vision_width) | dict(patch_size=patch, image_size=patch * math.isqrt(len(patches) - 1))
+    text = sizes("text_model", text_width) | dict(vocab_size=vocabulary, bos_token_id=vocabulary - 2,
+                                                  eos_token_id=vocabulary - 1, max_position_embeddings=len(fixed))
+    clip = CLIPModel(CLIPConfig(projection_dim=dim, vision_config=vision, text_config=text))
     clip.load_state_dict(ours)
     model = BetaCLIP(clip)
     model.pooler.load_state_dict(pooler)

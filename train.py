@@ -31,8 +31,10 @@ import model as models
 from loss import beta_cal, clip_loss, gather
 
 DEFAULTS = {  # by --data; sharegpt4v is the recipe of SPEC §4
-    "scenes": dict(model="tiny", sentences=5, phrases=8, batch_size=64, accum=1, epochs=1, lr=1e-3, lr_pooler=1e-3, warmup=0.05, workers=2),
-    "sharegpt4v": dict(model="openai/clip-vit-base-patch16", sentences=5, phrases=30, batch_size=64, accum=8, epochs=10, lr=1e-5, lr_pooler=1e-3, warmup=0.01, workers=8),
+    "scenes": dict(model="tiny", sentences=5, phrases=8, batch_size=64, accum=1, epochs=1,
+                   lr=1e-3, lr_pooler=1e-3, warmup=0.05, workers=2),
+    "sharegpt4v": dict(model="openai/clip-vit-base-patch16", sentences=5, phrases=30, batch_size=64, accum=8, epochs=10,
+                       lr=1e-5, lr_pooler=1e-3, warmup=0.01, workers=8),
 }
 LOG_EVERY = 10     # steps
 SAVE_EVERY = 500   # steps
@@ -64,11 +66,14 @@ def arguments(argv=None):
     for name, value in DEFAULTS[args.data].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name, low, high in [("beta", 0, 1), ("sentences", 0, None), ("phrases", 0, None), ("batch_size", 1, None), ("accum", 1, None), ("epochs", 0, None),
-                            ("max_steps", 1, None), ("lr", 0, None), ("lr_pooler", 0, None), ("warmup", 0, None), ("wd", 0, None), ("workers", 0, None), ("seed", 0, None)]:
+    if not 0 <= args.beta <= 1:
+        data.fail(f"--beta {args.beta}: must be from 0 to 1")
+    least = dict(sentences=0, phrases=0, batch_size=1, accum=1, epochs=0, max_steps=1,
+                 lr=0, lr_pooler=0, warmup=0, wd=0, workers=0, seed=0)
+    for name, low in least.items():
         value = getattr(args, name)
-        if value is not None and not (low <= value <= (math.inf if high is None else high)) or value == math.inf:
-            data.fail(f"--{name.replace('_', '-')} {value}: must be {f'at least {low}' if high is None else f'from {low} to {high}'}")
+        if value is not None and not low <= value < math.inf:
+            data.fail(f"--{name.replace('_', '-')} {value}: must be a number, at least {low}")
     if args.out is None:
         args.out = f"runs/{args.data}-{args.cal}" + (f"-beta{args.beta:g}" if args.cal != "none" else "") + f"-seed{args.seed}"
     return args
@@ -123,7 +128,8 @@ def main(argv=None):
     except (OSError, ValueError) as error:
         data.fail(f"--out {out}: {error}")
     if saved and saved["args"] != chosen:
-        other = ", ".join(f"{name} {saved['args'].get(name)} (now {value})" for name, value in chosen.items() if saved["args"].get(name) != value)
+        then = saved["args"]
+        other = ", ".join(f"{name} {then.get(name)} (now {value})" for name, value in chosen.items() if then.get(name) != value)
         data.fail(f"--out {out} holds another run: {other}: choose another --out")
 
     # ---- model and data
@@ -141,7 +147,8 @@ def main(argv=None):
     warmup = int(args.warmup * len(samples) / per_step)
     done = saved["step"] if saved else 0
     batches = data.Batches(len(samples), args.batch_size, done * args.accum, total * args.accum, rank, world, args.seed)
-    loader = iter(DataLoader(samples, batch_sampler=batches, collate_fn=partial(data.collate, tokenizer=tokenizer), num_workers=args.workers, pin_memory=cuda))
+    loader = iter(DataLoader(samples, batch_sampler=batches, collate_fn=partial(data.collate, tokenizer=tokenizer),
+                             num_workers=args.workers, pin_memory=cuda))
 
     # ---- optimiser
     model.pooler.requires_grad_(args.cal != "none")
@@ -157,9 +164,14 @@ def main(argv=None):
     scales = [model.clip.logit_scale, model.pooler.logit_scale]
 
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        tokenizer.save_pretrained(out)
-        log = open(out / "log.jsonl", "a" if saved else "w", buffering=1)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            tokenizer.save_pretrained(out)
+            kept = (out / "log.jsonl").read_text().splitlines(keepends=True) if saved else []
+            log = open(out / "log.jsonl", "w", buffering=1)
+        except OSError as error:
+            data.fail(f"--out {out}: {error}")
+        log.writelines(line for line in kept if json.loads(line)["step"] <= done)  # what came after the checkpoint is run again
     bar = tqdm(range(done, total), initial=done, total=total, disable=rank > 0, dynamic_ncols=True)
     since, seen = time.perf_counter(), done
 
@@ -178,9 +190,12 @@ def main(argv=None):
             with inner:  # gradients of the ranks meet on the last micro-step only
                 with autocast:
                     cls, text, pooled = net(pixels.to(device, non_blocking=True), texts, owner)  # [B, D], [N, D], [N, D]
-                captions = torch.searchsorted(owner, torch.arange(len(pixels))).to(device, non_blocking=True)  # first row of each image
-                l_clip = clip_loss(gather(cls), gather(text[captions]), scales[0].exp())
-                l_cal = beta_cal(pooled, text, owner, scales[1].exp(), args.beta, args.cal) if pooled is not None else torch.zeros_like(l_clip)
+                first = torch.searchsorted(owner, torch.arange(len(pixels)))                     # [B] rows of the captions
+                captions = text[first.to(device, non_blocking=True)]                             # [B, D]
+                l_clip = clip_loss(gather(cls), gather(captions), scales[0].exp())
+                l_cal = torch.zeros_like(l_clip)
+                if args.cal != "none":
+                    l_cal = beta_cal(pooled, text, owner, scales[1].exp(), args.beta, args.cal)
                 scaler.scale((l_clip + l_cal) / args.accum).backward()
             clip_part, cal_part = clip_part + l_clip.detach() / args.accum, cal_part + l_cal.detach() / args.accum
         scaler.step(optimizer)
@@ -193,14 +208,17 @@ def main(argv=None):
         if rank == 0 and ((step + 1) % LOG_EVERY == 0 or step + 1 == total):
             l_clip, l_cal, clip_scale, pool_scale = torch.stack([clip_part, cal_part, scales[0].exp(), scales[1].exp()]).tolist()
             now = time.perf_counter()
-            line = dict(step=step + 1, epoch=(step + 1) * per_step / len(samples), loss=l_clip + l_cal, clip=l_clip, cal=l_cal, clip_scale=clip_scale,
-                        pool_scale=pool_scale, lr=lr, lr_pooler=lr_pooler, images_per_s=(step + 1 - seen) * per_step / (now - since))
+            line = dict(step=step + 1, epoch=(step + 1) * per_step / len(samples), loss=l_clip + l_cal, clip=l_clip, cal=l_cal,
+                        clip_scale=clip_scale, pool_scale=pool_scale, lr=lr, lr_pooler=lr_pooler,
+                        images_per_s=(step + 1 - seen) * per_step / (now - since))
             since, seen = now, step + 1
             log.write(json.dumps(line) + "\n")
-            bar.set_postfix_str(f"clip {l_clip:.3f} cal {l_cal:.3f} scales {clip_scale:.1f} {pool_scale:.1f} lr {lr:.1e} {line['images_per_s']:.0f} img/s")
+            bar.set_postfix_str(f"clip {l_clip:.3f} cal {l_cal:.3f} scales {clip_scale:.1f} {pool_scale:.1f} lr {lr:.1e} "
+                                f"{line['images_per_s']:.0f} img/s")
         if rank == 0 and ((step + 1) % SAVE_EVERY == 0 or step + 1 == total):
-            save(checkpoint, dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step + 1,
-                                  rng=torch.get_rng_state(), args=chosen, config=model.clip.config.to_json_string(use_diff=False)))
+            save(checkpoint, dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                                  step=step + 1, rng=torch.get_rng_state(), args=chosen,
+                                  config=model.clip.config.to_json_string(use_diff=False)))
     bar.close()
 
     # ---- the table

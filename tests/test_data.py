@@ -50,12 +50,11 @@ def test_boxes_are_the_objects_cards():
         for thing in one["objects"]:
             x, y, w, h = thing["box"]
             assert 0 <= x and 0 <= y and x + w <= data.SIZE and y + h <= data.SIZE
-            corners = [(x, y), (x + w - 1, y + h - 1)]
-            assert {image.getpixel(at) for at in corners} == {data.COLOURS[thing["card"]]}
+            assert image.getpixel((x + w // 2, y + h // 2)) == data.COLOURS[thing["colour"]]
+            if thing["texture"] == "plain":
+                assert {image.getpixel(at) for at in [(x, y), (x + w - 1, y + h - 1)]} == {data.COLOURS[thing["card"]]}
             if x % 32:  # room on the left, in the same cell
                 assert image.getpixel((x - 1, y)) == data.BACKGROUNDS[one["background"]]
-            middle = {image.getpixel((x + w // 2 + dx, y + h // 2 + dy)) for dx in range(-3, 4) for dy in range(-3, 4)}
-            assert data.COLOURS[thing["colour"]] in middle
 
 
 def test_box_expressions_differ_in_as_many_attributes_as_their_level_says():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import eval as evaluation
+import loss
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -58,12 +59,14 @@ def test_a_run_goes_on_where_its_checkpoint_stands(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "LOG_EVERY", 1)
     flags = "--max-steps 8 --batch-size 8 --workers 0 --out "
     train.main(f"{flags} {tmp_path / 'whole'}".split())
-    saves = []
-    def save_and_die(path, state, save=train.save):
-        save(path, state)
-        raise KeyboardInterrupt
+    steps = []
+    def dies_in_step_seven(*args):  # which step 4's checkpoint survives, and the log of steps 5 and 6 too
+        steps.append(args)
+        if len(steps) == 7:
+            raise KeyboardInterrupt
+        return loss.clip_loss(*args)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "save", save_and_die)
+        patch.setattr(train, "clip_loss", dies_in_step_seven)
         with pytest.raises(KeyboardInterrupt):
             train.main(f"{flags} {tmp_path / 'cut'}".split())
     train.main(f"{flags} {tmp_path / 'cut'}".split())
@@ -89,8 +92,8 @@ def test_two_ranks_equal_one_process_with_the_whole_batch(tmp_path):
     ("--beta 1.5", "--beta 1.5: must be from 0 to 1"),
     ("--beta nan", "--beta nan: must be from 0 to 1"),
     ("--beta half", "--beta: invalid float value: 'half'"),
-    ("--phrases -1", "--phrases -1: must be at least 0"),
-    ("--batch-size 0", "--batch-size 0: must be at least 1"),
+    ("--phrases -1", "--phrases -1: must be a number, at least 0"),
+    ("--batch-size 0", "--batch-size 0: must be a number, at least 1"),
     ("--lr inf", "--lr inf: must be"),
     ("--cal soft", "--cal: invalid choice: 'soft'"),
     ("--data nowhere", "--data"),
