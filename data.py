@@ -6,7 +6,6 @@ sentences, its phrases and a box per object. Everything follows from (split, ind
 """
 
 import itertools
-import json
 import math
 import random
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from torchvision.transforms.functional import InterpolationMode, center_crop, resize
 from transformers import CLIPTokenizer
 
@@ -168,13 +167,18 @@ def scenes_tokenizer():
     """A CLIPTokenizer that has each word of the scenes as one token, and bytes for all else (no hub)."""
     texts = [text for index in range(300) for text in sum(describe(scene("train", index)), [])]
     words = sorted({word for text in texts for word in text.lower().split()})
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    bpe.train_from_iterator(words, trainers.BpeTrainer(vocab_size=10_000, end_of_word_suffix="</w>", show_progress=False))
-    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    merges = {}  # pair: rank
+    for word in words:
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while len(pieces) > 1:  # merge what BPE would merge next; where it would stop, teach it one merge more
+            pairs = list(zip(pieces, pieces[1:]))
+            pair = min(pairs, key=lambda pair: merges.get(pair, math.inf))
+            merges.setdefault(pair, len(merges))
+            at = pairs.index(pair)
+            pieces[at:at + 2] = ["".join(pair)]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, *(c + "</w>" for c in alphabet), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=list(merges))
 
 
 class Scenes:

@@ -189,6 +189,8 @@ def tiny(tokenizer):
 
 def pretrained(name):
     """A Hugging Face CLIP, hub name or folder, with stretched positions and a fresh pooler. OSError where there is none."""
+    if not Path(name).is_dir() and name.count("/") != 1:
+        raise OSError("neither a folder nor a hub name (OWNER/NAME)")  # at once, where the hub would be asked for minutes
     return BetaCLIP(CLIPModel.from_pretrained(name))
 
 
@@ -253,7 +255,7 @@ def read(path):
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(f"{path}: not a checkpoint that can be read safely ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{path}: no checkpoint, or one that holds more than tensors and plain values: not loaded") from error
 
 
 def load(source, heads=None):

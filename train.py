@@ -136,10 +136,14 @@ def main(argv=None):
     if args.data != "scenes":
         data.fail(f"--data {args.data}: the loader of real data is not there yet, scenes is")
     try:
-        tokenizer = data.scenes_tokenizer() if args.model == "tiny" else models.load_tokenizer(args.model)
-        model = (models.tiny(tokenizer) if args.model == "tiny" else models.pretrained(args.model)).to(device)
+        if args.model == "tiny":
+            tokenizer = data.scenes_tokenizer()
+            model = models.tiny(tokenizer).to(device)
+        else:
+            model = models.pretrained(args.model).to(device)
+            tokenizer = models.load_tokenizer(args.model)
     except OSError as error:
-        data.fail(f"--model {args.model}: neither 'tiny' nor a CLIP on this disk or the hub: {str(error).splitlines()[0]}")
+        data.fail(f"--model {args.model}: {str(error).splitlines()[0]}")
     samples = data.Scenes(model.image_size, args.sentences, args.phrases, seed=args.seed, captions_only=args.cal == "none")
     per_step = args.batch_size * world * args.accum
     total = max(1, int(args.epochs * len(samples) / per_step))

@@ -1,3 +1,4 @@
+import os
 import sys
 from pathlib import Path
 
@@ -5,6 +6,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts are no package
+os.environ["HF_HUB_OFFLINE"] = "1"                     # no test may depend on a download
 import data
 import model as models
 

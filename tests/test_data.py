@@ -1,6 +1,9 @@
 """The built-in scenes, and the way of a sample from its index to a batch."""
 
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 
@@ -34,6 +37,12 @@ def test_captions_need_the_long_context(tokenizer):
         sentences, phrases = data.describe(data.scene("train", index))
         caption = data.sample_queries(sentences, phrases, 5, 8, random.Random(index))[0]
         assert 77 < len(data.tokenize(tokenizer, [caption])[0]) <= data.CONTEXT
+
+
+def test_the_tokenizer_is_always_the_same(tokenizer):
+    code = "import data; print(sorted(data.scenes_tokenizer().get_vocab().items()))"
+    other = subprocess.run([sys.executable, "-c", code], cwd=Path(data.__file__).parent, capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == str(sorted(tokenizer.get_vocab().items()))
 
 
 def test_each_word_is_one_token_and_anything_else_is_bytes(tokenizer):

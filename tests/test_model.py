@@ -121,7 +121,7 @@ def test_what_is_no_checkpoint(tmp_path, monkeypatch):
     torch.save({"config": Payload()}, "pickle.pt")
     torch.save({"weights": torch.ones(1)}, "other.pt")
     Path("text.pt").write_text("not torch at all")
-    for name, complaint in [("pickle.pt", "read safely"), ("text.pt", "read safely"), ("other.pt", "neither a checkpoint")]:
+    for name, complaint in [("pickle.pt", "not loaded"), ("text.pt", "not loaded"), ("other.pt", "neither a checkpoint")]:
         with pytest.raises(ValueError, match=complaint):
             models.load(name)
     assert not Path("executed").exists()

@@ -97,7 +97,7 @@ def test_two_ranks_equal_one_process_with_the_whole_batch(tmp_path):
     ("--lr inf", "--lr inf: must be"),
     ("--cal soft", "--cal: invalid choice: 'soft'"),
     ("--data nowhere", "--data"),
-    ("--model nowhere", "--model"),
+    ("--model nowhere", "--model nowhere: neither a folder nor a hub name"),
 ])
 def test_impossible_arguments_end_in_one_line(tmp_path, capsys, flags, complaint):
     with pytest.raises(SystemExit) as stop:
