@@ -152,13 +152,14 @@ def scene_boxes(count=SPLITS["test"] // SIBLINGS):
     rows = []
     for group in range(count):
         index = group * SIBLINGS
-        others = [o for g in (1, 2, 3) for o in scene("test", (group + g) % count * SIBLINGS)["objects"]]
+        foreign = [o for g in (1, 2, 3, 4) for o in scene("test", (group + g) % count * SIBLINGS)["objects"]]
         for place, thing in enumerate(scene("test", index)["objects"]):
             rng = random.Random(f"boxes {index} {place}")
             row = {"image": index, "box": thing["box"]}
             for level, split in enumerate(("hard", "medium", "easy"), start=1):
                 row[split] = [expression(o) for o in [thing, *rng.sample(list(changed(thing, level)), 10)]]
-            row["trivial"] = [expression(o) for o in [thing, *rng.sample(others, 10)]]
+            others = sorted({expression(o) for o in foreign} - {expression(thing)})
+            row["trivial"] = [expression(thing), *rng.sample(others, 10)]
             rows.append(row)
     return rows
 
