@@ -23,13 +23,13 @@ def recall(similarity, owner, ks=(1, 5, 10)):
     """R@k in per cent, text to image and image to text.
 
     similarity [T, I]: texts by images; owner [T]: each text's image. Images may have several texts: the best
-    counts. Ties count against the model, so that equal scores earn nothing.
+    counts. Ties, and NaN, count against the model, so that equal scores earn nothing.
     """
     own = similarity.gather(1, owner[:, None])                                       # [T, 1]
-    t2i = (similarity >= own).sum(1) - 1                                             # [T] rank of the image, from 0
+    t2i = (~(similarity < own)).sum(1) - 1                                           # [T] rank of the image, from 0
     mine = owner[:, None] == torch.arange(similarity.shape[1], device=owner.device)  # [T, I]
     best = similarity.masked_fill(~mine, -torch.inf).amax(0)                         # [I]
-    i2t = (similarity.masked_fill(mine, -torch.inf) >= best).sum(0)                  # [I]
+    i2t = (~(similarity.masked_fill(mine, -torch.inf) < best)).sum(0)                # [I]
     return {f"{name} R@{k}": 100 * (rank < k).double().mean().item() for name, rank in (("T2I", t2i), ("I2T", i2t)) for k in ks}
 
 
@@ -89,6 +89,7 @@ CHANCE = {"scenes": dict.fromkeys(LEVELS, 100 / 11)
 def evaluate(model, tokenizer, benches):
     """Bench names -> {bench: {metric: per cent}}."""
     model.eval()
+    torch.set_float32_matmul_precision("highest")  # training may have lowered it
     return {bench: BENCHES[bench](model, tokenizer) for bench in benches}
 
 
@@ -114,6 +115,8 @@ def main(argv=None):
     parser.add_argument("--ckpt", help="a run's folder (default: the latest under runs/)")
     parser.add_argument("--json", help="write the scores here too")
     args = parser.parse_args(argv)
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        data.fail(f"--json {args.json}: there is no such folder")
     source = args.ckpt or latest_run()
     try:
         model, tokenizer = models.load(source), models.load_tokenizer(source)

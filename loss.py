@@ -7,7 +7,6 @@ and no [N, N] matrix is ever kept: β-CAL goes over tiles of rows, and the backw
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -19,13 +18,27 @@ def unit(x):
     return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
 
 
+class Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)  # every rank's loss speaks of every rank's rows
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 def gather(x):
     """The rows of all ranks, in the order of the ranks, with their gradient: [B, D] -> [W * B, D].
 
     Every rank then computes the whole loss, and the mean of the ranks' gradients, which DDP takes, is the
     gradient of one process with the whole batch (SPEC §10.2).
     """
-    return torch.cat(dist_nn.all_gather(x)) if dist.is_initialized() and dist.get_world_size() > 1 else x
+    return Gather.apply(x) if dist.is_initialized() else x
 
 
 def clip_loss(image, text, scale):

@@ -143,9 +143,8 @@ class BetaCLIP(nn.Module):
         Equal texts are encoded once, and texts of like length together: the encoder is causal, so a text costs
         its own length and what pads it changes nothing.
         """
-        first = {}
-        which = [first.setdefault(tuple(text.tolist()), len(first)) for text in texts]
-        unique = sorted(first, key=len)                                              # tuples, shortest first
+        texts = [tuple(text.tolist()) for text in texts]
+        unique = sorted(dict.fromkeys(texts), key=len)
         embeddings, start = [], 0
         while start < len(unique):
             end, limit = start + 1, 1.25 * len(unique[start]) + 2  # padding is a fifth of a chunk at the worst
@@ -154,8 +153,8 @@ class BetaCLIP(nn.Module):
             embeddings.append(self._encode_chunk(unique[start:end]))
             start = end
         place = {text: row for row, text in enumerate(unique)}
-        row = torch.tensor([place[text] for text in first])[torch.tensor(which)]     # [N] rows of the sorted, unique texts
-        return torch.cat(embeddings)[row.to(self.device, non_blocking=True)]
+        rows = torch.tensor([place[text] for text in texts])                         # [N]
+        return torch.cat(embeddings)[rows.to(self.device, non_blocking=True)]
 
     def _encode_chunk(self, texts):
         """Tuples of token ids of like length -> [n, D]."""
@@ -191,7 +190,7 @@ def pretrained(name):
     """A Hugging Face CLIP, hub name or folder, with stretched positions and a fresh pooler. OSError where there is none."""
     if not Path(name).is_dir() and name.count("/") != 1:
         raise OSError("neither a folder nor a hub name (OWNER/NAME)")  # at once, where the hub would be asked for minutes
-    return BetaCLIP(CLIPModel.from_pretrained(name))
+    return BetaCLIP(CLIPModel.from_pretrained(name, dtype=torch.float32))
 
 
 AUTHORS = (  # parts of their names (SPEC §8), and of Hugging Face's
@@ -278,4 +277,6 @@ def load(source, heads=None):
 
 def load_tokenizer(source):
     """The tokenizer that belongs to the model that `load` makes of the same source."""
+    if Path(source).is_file():
+        raise OSError("a checkpoint without its tokenizer: name a run's folder")
     return CLIPTokenizer.from_pretrained(source)

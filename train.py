@@ -6,7 +6,7 @@
     torchrun --nnodes 2 --nproc_per_node 8 --node_rank 0 --master_addr HOST --master_port 29500 train.py …   # on HOST
     torchrun --nnodes 2 --nproc_per_node 8 --node_rank 1 --master_addr HOST --master_port 29500 train.py …   # on the other
 
-A run lives in its folder (--out): checkpoint.pt, log.jsonl, the tokenizer, and at the end eval.json. Started
+A run lives in its folder (--out, on a disk that all nodes share): checkpoint.pt, log.jsonl, the tokenizer, and at the end eval.json. Started
 again with the same arguments it goes on where its checkpoint stands.
 """
 
@@ -54,7 +54,6 @@ def arguments(argv=None):
     parser.add_argument("--max-steps", type=int, help="end, schedules included, after so many steps")
     parser.add_argument("--lr", type=float, help="peak learning rate of the backbone")
     parser.add_argument("--lr-pooler", type=float, help="peak learning rate of the pooler")
-    parser.add_argument("--warmup", type=float, help="epochs of linear warm-up of the backbone")
     parser.add_argument("--wd", type=float, default=0.01, help="weight decay of matrices")
     parser.add_argument("--amp", choices=("bf16", "fp16", "off"), default="bf16" if torch.cuda.is_available() else "off")
     parser.add_argument("--workers", type=int, help="loader processes")
@@ -64,15 +63,14 @@ def arguments(argv=None):
     parser.add_argument("--data", choices=DEFAULTS, default="scenes")
     args = parser.parse_args(argv)
     for name, value in DEFAULTS[args.data].items():
-        if getattr(args, name) is None:
+        if getattr(args, name, None) is None:
             setattr(args, name, value)
     if not 0 <= args.beta <= 1:
         data.fail(f"--beta {args.beta}: must be from 0 to 1")
-    least = dict(sentences=0, phrases=0, batch_size=1, accum=1, epochs=0, max_steps=1,
-                 lr=0, lr_pooler=0, warmup=0, wd=0, workers=0, seed=0)
+    least = dict(sentences=0, phrases=0, batch_size=1, accum=1, epochs=1e-9, max_steps=1, lr=0, lr_pooler=0, wd=0, workers=0, seed=0)
     for name, low in least.items():
         value = getattr(args, name)
-        if value is not None and not low <= value < math.inf:
+        if value is not None and not low <= value < 2**63:
             data.fail(f"--{name.replace('_', '-')} {value}: must be a number, at least {low}")
     if args.out is None:
         args.out = f"runs/{args.data}-{args.cal}" + (f"-beta{args.beta:g}" if args.cal != "none" else "") + f"-seed{args.seed}"
@@ -110,9 +108,11 @@ def main(argv=None):
     args = arguments(argv)
 
     # ---- processes and devices
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, local, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda and local >= torch.cuda.device_count():
+        data.fail(f"process {local} of this machine has no GPU of its own, there are {torch.cuda.device_count()}: lower --nproc_per_node")
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -122,11 +122,13 @@ def main(argv=None):
 
     # ---- the run's folder
     out, checkpoint = Path(args.out), Path(args.out) / "checkpoint.pt"
-    chosen = {name: value for name, value in vars(args).items() if name not in ("out", "workers")}
+    chosen = {name: value for name, value in vars(args).items() if name not in ("out", "workers")} | {"world": world}
     try:
         saved = models.read(checkpoint) if checkpoint.is_file() else None
     except (OSError, ValueError) as error:
         data.fail(f"--out {out}: {error}")
+    if saved and not {"args", "step", "optimizer"} <= saved.keys():
+        data.fail(f"--out {out}: its checkpoint.pt is none of train.py's: choose another --out")
     if saved and saved["args"] != chosen:
         then = saved["args"]
         other = ", ".join(f"{name} {then.get(name)} (now {value})" for name, value in chosen.items() if then.get(name) != value)
@@ -167,15 +169,23 @@ def main(argv=None):
     autocast = torch.autocast(device.type, torch.float16 if args.amp == "fp16" else torch.bfloat16, enabled=args.amp != "off")
     scales = [model.clip.logit_scale, model.pooler.logit_scale]
 
+    def state(step):
+        return dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
+                    rng=torch.get_rng_state(), args=chosen, config=model.clip.config.to_json_string(use_diff=False))
+
     if rank == 0:
         try:
             out.mkdir(parents=True, exist_ok=True)
             tokenizer.save_pretrained(out)
-            kept = (out / "log.jsonl").read_text().splitlines(keepends=True) if saved else []
+            # what came after the checkpoint is run, and logged, again; a line torn by a kill is among it
+            lines = (out / "log.jsonl").read_text().splitlines(keepends=True) if saved else []
+            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= done]
             log = open(out / "log.jsonl", "w", buffering=1)
-        except OSError as error:
+            if not saved:
+                save(checkpoint, state(0))  # from here on the folder is this run's
+        except (OSError, ValueError) as error:
             data.fail(f"--out {out}: {error}")
-        log.writelines(line for line in kept if json.loads(line)["step"] <= done)  # what came after the checkpoint is run again
+        log.writelines(kept)
     bar = tqdm(range(done, total), initial=done, total=total, disable=rank > 0, dynamic_ncols=True)
     since, seen = time.perf_counter(), done
 
@@ -210,19 +220,18 @@ def main(argv=None):
                 scale.clamp_(0, math.log(100))
 
         if rank == 0 and ((step + 1) % LOG_EVERY == 0 or step + 1 == total):
-            l_clip, l_cal, clip_scale, pool_scale = torch.stack([clip_part, cal_part, scales[0].exp(), scales[1].exp()]).tolist()
+            # β-CAL is of this rank's queries, as in the recipe
+            clip, cal, clip_scale, pool_scale = torch.stack([clip_part, cal_part, scales[0].exp(), scales[1].exp()]).tolist()
             now = time.perf_counter()
-            line = dict(step=step + 1, epoch=(step + 1) * per_step / len(samples), loss=l_clip + l_cal, clip=l_clip, cal=l_cal,
+            line = dict(step=step + 1, epoch=(step + 1) * per_step / len(samples), loss=clip + cal, clip=clip, cal=cal,
                         clip_scale=clip_scale, pool_scale=pool_scale, lr=lr, lr_pooler=lr_pooler,
                         images_per_s=(step + 1 - seen) * per_step / (now - since))
             since, seen = now, step + 1
             log.write(json.dumps(line) + "\n")
-            bar.set_postfix_str(f"clip {l_clip:.3f} cal {l_cal:.3f} scales {clip_scale:.1f} {pool_scale:.1f} lr {lr:.1e} "
+            bar.set_postfix_str(f"clip {clip:.3f} cal {cal:.3f} scales {clip_scale:.1f} {pool_scale:.1f} lr {lr:.1e} "
                                 f"{line['images_per_s']:.0f} img/s")
         if rank == 0 and ((step + 1) % SAVE_EVERY == 0 or step + 1 == total):
-            save(checkpoint, dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                                  step=step + 1, rng=torch.get_rng_state(), args=chosen,
-                                  config=model.clip.config.to_json_string(use_diff=False)))
+            save(checkpoint, state(step + 1))
     bar.close()
 
     # ---- the table

@@ -3,10 +3,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts are no package
-os.environ["HF_HUB_OFFLINE"] = "1"                     # no test may depend on a download
+os.environ["HF_HUB_OFFLINE"] = "1"                     # no test may depend on a download,
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                # nor bit-exact comparisons on a GPU
+import torch
+
 import data
 import model as models
 

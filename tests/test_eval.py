@@ -16,8 +16,10 @@ def test_recall_by_hand():
     assert scores["I2T R@1"] == 0 and scores["I2T R@2"] == 100
 
 
-def test_recall_when_all_is_equal_is_nil():
-    assert set(evaluation.recall(torch.zeros(20, 20), torch.arange(20)).values()) == {0}
+@pytest.mark.parametrize("score", [0., torch.nan])
+def test_recall_when_all_is_equal_is_nil(score):
+    assert set(evaluation.recall(torch.full((20, 20), score), torch.arange(20)).values()) == {0}
+    assert not evaluation.hits(torch.full((3, 4), torch.nan)).any()
 
 
 def test_recall_with_several_texts_an_image():

@@ -48,7 +48,7 @@ def test_thirty_steps_lower_the_loss_and_eval_prints_every_row(tmp_path, capsys)
     assert list(scores["scenes"]) == ROWS and scores == json.loads((run / "eval.json").read_text())
 
 
-@pytest.mark.parametrize("flags", ["--cal none", "--cal bce --amp bf16 --accum 2", "--phrases 0", "--sentences 0"])
+@pytest.mark.parametrize("flags", ["--cal none", "--cal bce --amp bf16 --accum 2", "--amp fp16", "--phrases 0", "--sentences 0"])
 def test_other_settings_train(tmp_path, flags):
     train.main(f"--max-steps 2 --batch-size 8 --workers 0 --out {tmp_path} {flags}".split())
     assert log(tmp_path)[-1]["step"] == 2
@@ -94,6 +94,8 @@ def test_two_ranks_equal_one_process_with_the_whole_batch(tmp_path):
     ("--beta half", "--beta: invalid float value: 'half'"),
     ("--phrases -1", "--phrases -1: must be a number, at least 0"),
     ("--batch-size 0", "--batch-size 0: must be a number, at least 1"),
+    ("--epochs 0", "--epochs 0.0: must be"),
+    ("--seed 99999999999999999999", "--seed 99999999999999999999: must be"),
     ("--lr inf", "--lr inf: must be"),
     ("--cal soft", "--cal: invalid choice: 'soft'"),
     ("--data nowhere", "--data"),
@@ -116,3 +118,11 @@ def test_out_that_holds_another_run_is_refused_and_kept(tmp_path, capsys):
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "beta 0.5 (now 0.25)" in error and error.count("\n") == 1
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path, capsys):
+    torch.save({"weights": torch.ones(1)}, tmp_path / "checkpoint.pt")
+    with pytest.raises(SystemExit) as stop:
+        train.main(f"--out {tmp_path}".split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "none of train.py's" in error and error.count("\n") == 1
