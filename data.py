@@ -8,6 +8,7 @@ sentences, its phrases and a box per object. Everything follows from (split, ind
 import itertools
 import math
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -195,6 +196,57 @@ class Scenes:
         one = scene("train", at[1])
         queries = sample_queries(*describe(one), self.sentences, self.phrases, random.Random(f"{self.seed} {at}"))
         return to_pixels(draw(one), self.size), queries[:1] if self.captions_only else queries
+
+
+# ------------------------------------------------------------------------------------ captions to queries
+
+PLACE_NOUNS = ("left", "right", "top", "bottom", "front", "back", "middle", "center")
+PLACE_HEADS = (*PLACE_NOUNS, "inside", "outside", "above", "below", "under", "over", "centered", "frontside", "backside",
+               "near", "nearby", "far")
+
+
+def clean(caption):
+    """A caption without what captioners repeat (SPEC §5.1, §5.2)."""
+    caption = caption.replace("\n", " ")
+    if len(caption) > 100:
+        for shortest in (10, 5, 3):  # three or more copies of the same run of characters
+            caption = re.sub(rf"(.{{{shortest},20}})\1{{2,}}", r"\1", caption, count=10)
+    return " ".join(word for word, _ in itertools.groupby(caption.split()))
+
+
+def split_sentences(caption):
+    """A clean caption -> its sentences (SPEC §5.3)."""
+    return [sentence.strip() for sentence in caption.split(". ") if sentence.strip()]
+
+
+def phrase_matchers(vocab):
+    """spaCy matchers of noun phrases with a place, of actions, and of places (SPEC §5.5)."""
+    from spacy.matcher import Matcher
+    determiner, the, of = {"POS": "DET", "OP": "?"}, {"LOWER": "the", "OP": "?"}, {"LOWER": "of", "OP": "?"}
+    words = {"POS": {"IN": ["ADJ", "NOUN", "PROPN"]}, "OP": "+"}
+    patterns = (
+        [[determiner, words, {"POS": "ADP"}, the, {"LOWER": {"IN": list(PLACE_NOUNS)}}, of]],
+        [[{"POS": "VERB"}, {"POS": "ADP"}]],
+        [[{"LOWER": "next"}, {"LOWER": "to"}], [{"POS": "ADP"}, determiner, {"LOWER": {"IN": list(PLACE_HEADS)}}, of]],
+    )
+    matchers = [Matcher(vocab) for _ in patterns]
+    for matcher, alternatives in zip(matchers, patterns):
+        matcher.add("phrase", alternatives, greedy="LONGEST")
+    return matchers
+
+
+def extract_phrases(doc, matchers):
+    """A parsed sentence (spaCy Doc) -> its noun phrases, actions and places, three lists of str (SPEC §5.5)."""
+    from spacy.util import filter_spans
+    nouns, actions, places = (matcher(doc, as_spans=True) for matcher in matchers)
+    spans = filter_spans([*doc.noun_chunks, *nouns]), sorted(actions), sorted(places)  # the longest of overlapping ones
+    return [[span.text for span in kind] for kind in spans]
+
+
+def order_phrases(sentences):
+    """Phrases of some sentences, as `extract_phrases` gives them -> one list: all noun phrases, all actions, all places."""
+    phrases = [phrase for kind in zip(*sentences) for sentence in kind for phrase in sentence]
+    return [phrase for phrase in dict.fromkeys(phrases) if phrase not in ("the", "image", "the image")]
 
 
 # --------------------------------------------------------------------------------- samples to batches
