@@ -20,6 +20,7 @@ from torchvision.transforms.functional import InterpolationMode, center_crop, re
 from transformers import CLIPTokenizer
 
 CONTEXT = 248  # tokens of a text, at most
+QUOTES = str.maketrans("’‘“”", "''\"\"")  # OpenAI's tokenizer straightens them, Hugging Face's does not (SPEC §5)
 DRAWN = 5      # sentences that make a caption where no sentence is a query
 
 
@@ -274,7 +275,7 @@ def sample_queries(sentences, phrases, n_sentences, n_phrases, rng):
 
 def tokenize(tokenizer, texts, limit=CONTEXT):
     """Texts -> list of 1-D LongTensors, BOS … EOS. One longer than `limit` is cut so that EOS stays its last token."""
-    ids = tokenizer(texts)["input_ids"]
+    ids = tokenizer([text.translate(QUOTES) for text in texts])["input_ids"]
     return [torch.tensor(x if len(x) <= limit else x[: limit - 1] + x[-1:]) for x in ids]
 
 

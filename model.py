@@ -16,7 +16,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 KEPT = 20            # text positions that stay as they are, and frozen
 CHUNK_TOKENS = 8192  # a chunk of texts is closed when it holds about so many tokens
@@ -258,12 +259,17 @@ def read(path):
 
 
 def load(source, heads=None):
-    """A run's folder, or an authors' .pt -> BetaCLIP on the CPU, ready for eval.
+    """A run's folder, an authors' .pt, or a Hugging Face CLIP (folder or hub name) -> BetaCLIP on the CPU, ready for eval.
 
     `heads`: attention heads of the authors' towers, where a head is not 64 wide.
     Raises OSError where nothing is, ValueError where something else is.
     """
     path = Path(source)
+    if not path.exists() or (path / "config.json").is_file():
+        model = pretrained(source)
+        if (path / "pooler.safetensors").is_file():
+            model.pooler.load_state_dict(load_file(path / "pooler.safetensors"))
+        return model.eval()
     saved = read(path / "checkpoint.pt" if path.is_dir() else path)
     if isinstance(saved, dict) and "config" in saved:
         model = BetaCLIP(CLIPModel(CLIPConfig(**json.loads(saved["config"]))))
@@ -273,6 +279,20 @@ def load(source, heads=None):
     else:
         raise ValueError(f"{path}: neither a checkpoint of train.py nor one of the authors'")
     return model.eval()
+
+
+def export(model, tokenizer, folder):
+    """Write a folder that stock transformers load: CLIPModel with 248 positions, tokenizer, processor; the pooler is beside it."""
+    name, state = "text_model.embeddings.position_embedding.", model.clip.state_dict()
+    state[name + "weight"] = torch.cat([state.pop(name + "kept"), state.pop(name + "learned")])
+    clip = CLIPModel(model.clip.config)
+    clip.load_state_dict(state)
+    clip.save_pretrained(folder)
+    tokenizer.model_max_length = model.context
+    size = model.image_size
+    images = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    CLIPProcessor(images, tokenizer).save_pretrained(folder)
+    save_file(model.pooler.state_dict(), Path(folder) / "pooler.safetensors")
 
 
 def load_tokenizer(source):

@@ -238,6 +238,7 @@ def main(argv=None):
     if world > 1:
         dist.destroy_process_group()
     if rank == 0:
+        models.export(model, tokenizer, out / "hf")
         results = evaluation.evaluate(model, tokenizer, ["scenes"])
         (out / "eval.json").write_text(json.dumps(results, indent=1) + "\n")
         print(f"{out}\n{evaluation.table(results)}")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
 import data
 import eval as evaluation
@@ -125,6 +125,26 @@ def test_what_is_no_checkpoint(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=complaint):
             models.load(name)
     assert not Path("executed").exists()
+
+
+def test_stock_transformers_load_the_export_and_agree(tiny, tokenizer, tmp_path):
+    with torch.no_grad():
+        tiny.clip.text_model.embeddings.position_embedding.learned.add_(0.1)  # as if trained
+    models.export(tiny, tokenizer, tmp_path)
+    assert list(tmp_path.glob("*.safetensors")) and not list(tmp_path.glob("*.bin"))
+    stock, processor = CLIPModel.from_pretrained(tmp_path), CLIPProcessor.from_pretrained(tmp_path)
+    image = data.draw(data.scene("test", 0))
+    captions = [". ".join(data.describe(data.scene("test", i))[0]) for i in range(2)]
+    inputs = processor(text=captions, images=image, return_tensors="pt", padding=True)
+    out = stock(**inputs)
+    cls, _ = tiny.encode_image(data.to_pixels(image, 64)[None])
+    text = tiny.encode_text(data.tokenize(tokenizer, captions))
+    torch.testing.assert_close(out.image_embeds, F.normalize(cls, dim=-1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.text_embeds, F.normalize(text, dim=-1), atol=1e-5, rtol=0)
+    again = models.load(tmp_path)
+    torch.testing.assert_close(again.encode_text(data.tokenize(models.load_tokenizer(tmp_path), captions)), text, atol=1e-5, rtol=0)
+    for name, tensor in tiny.pooler.state_dict().items():
+        assert torch.equal(again.pooler.state_dict()[name], tensor)
 
 
 # ---- the whole of it, against the authors' code
