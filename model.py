@@ -181,10 +181,19 @@ class BetaCLIP(nn.Module):
 
 
 def tiny(tokenizer):
-    """The model of the built-in scenes, from scratch, for the vocabulary of `tokenizer`."""
+    """The model of the built-in scenes, from scratch, for the vocabulary of `tokenizer`.
+
+    Its pooler starts near the mean of the patches: from scratch nothing else ties the space of what is pooled to the
+    space of the patches, which FG-OVD's protocol reads. A pretrained CLIP's patches have their place already.
+    """
     ids = dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                pad_token_id=tokenizer.pad_token_id)
-    return BetaCLIP(CLIPModel(CLIPConfig(**TINY | {"text_config": TINY["text_config"] | ids})))
+    model = BetaCLIP(CLIPModel(CLIPConfig(**TINY | {"text_config": TINY["text_config"] | ids})))
+    attn, mlp, dim = model.pooler.attn, model.pooler.mlp, TINY["projection_dim"]
+    nn.init.eye_(attn.in_proj_weight.data[2 * dim:])  # the rows of the values
+    nn.init.eye_(attn.out_proj.weight)
+    mlp[-1].weight.data.mul_(0.1)
+    return model
 
 
 def pretrained(name):
