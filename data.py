@@ -1,12 +1,17 @@
 """Images, queries and tokens: what a step of training eats (SPEC §5).
 
-A sample is an image and its queries, in the order caption, sentences, phrases. `scenes` draws its own: four
-objects, each of a size and a colour on a card of a texture and another colour, with a long caption, its
-sentences, its phrases and a box per object. Everything follows from (split, index); no file is on disk.
+A sample is an image and its queries: caption, sentences, phrases. `Captions` reads ShareGPT4V, or any file of
+images and captions. `Scenes` draws its own: four objects, each of a size and a colour on a card of a texture and
+another colour, with a long caption, its sentences, its phrases and a box per object; no file is on disk.
 """
 
+import functools
+import hashlib
+import inspect
 import itertools
+import json
 import math
+import os
 import random
 import re
 import sys
@@ -16,12 +21,16 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from tokenizers import pre_tokenizers
+from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import InterpolationMode, center_crop, resize
 from transformers import CLIPTokenizer
 
-CONTEXT = 248  # tokens of a text, at most
+CONTEXT = 248        # tokens of a text, at most
+PHRASE_TOKENS = 30   # tokens of a phrase, at most
 QUOTES = str.maketrans("’‘“”", "''\"\"")  # OpenAI's tokenizer straightens them, Hugging Face's does not (SPEC §5)
-DRAWN = 5      # sentences that make a caption where no sentence is a query
+DRAWN = 5            # sentences that make a caption where no sentence is a query
+HELD_OUT = 1000      # first rows of ShareGPT4V, which are the test set SV-1k
+SHAREGPT4V = "share-captioner_coco_lcs_sam_1246k_1107.json"
 
 
 def fail(message):
@@ -185,7 +194,7 @@ def scenes_tokenizer():
 
 
 class Scenes:
-    """The training scenes: (epoch, index) -> an image's pixels [3, size, size] and its queries (list of str)."""
+    """The training scenes: (epoch, index) -> an image's pixels [3, size, size] and its queries, as of `queries`."""
 
     def __init__(self, size, sentences, phrases, seed=0, captions_only=False):
         self.size, self.sentences, self.phrases, self.seed, self.captions_only = size, sentences, phrases, seed, captions_only
@@ -195,8 +204,9 @@ class Scenes:
 
     def __getitem__(self, at):
         one = scene("train", at[1])
-        queries = sample_queries(*describe(one), self.sentences, self.phrases, random.Random(f"{self.seed} {at}"))
-        return to_pixels(draw(one), self.size), queries[:1] if self.captions_only else queries
+        sentences, phrases = describe(one)
+        drawn = draw_sentences(len(sentences), self.sentences, random.Random(f"{self.seed} {at}"))
+        return to_pixels(draw(one), self.size), *queries([sentences[i] for i in drawn], phrases, self), []
 
 
 # ------------------------------------------------------------------------------------ captions to queries
@@ -250,45 +260,252 @@ def order_phrases(sentences):
     return [phrase for phrase in dict.fromkeys(phrases) if phrase not in ("the", "image", "the image")]
 
 
+@functools.cache
+def parser():
+    """spaCy's English pipeline and the matchers of phrases."""
+    try:
+        import spacy
+        nlp = spacy.load("en_core_web_sm", exclude=["ner", "lemmatizer"])
+    except (ImportError, OSError):
+        fail("phrases need spaCy and its English model: `pip install spacy && python -m spacy download en_core_web_sm`, or pass --phrases 0")
+    return nlp, phrase_matchers(nlp.vocab)
+
+
+# --------------------------------------------------------------------------------- annotation files
+
+def rows(path):
+    """The rows (dicts) of a JSON list or of JSON lines, one by one, as (where, row); no file is ever whole in memory.
+
+    `where` names file and row, counted from 1. A broken file ends the program with one line.
+    """
+    decoder, between, number, more = json.JSONDecoder(), re.compile(r"[\s,]*"), 0, True
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            buffer, at, listed = file.read(1 << 20), 0, False
+            while True:
+                at = between.match(buffer, at).end()
+                if number == 0 and not listed and buffer[at:at + 1] == "[":
+                    listed, at = True, at + 1
+                    continue
+                if listed and buffer[at:at + 1] == "]" or not (listed or buffer[at:] or more):
+                    break
+                try:
+                    row, at = decoder.raw_decode(buffer, at)
+                except json.JSONDecodeError as error:
+                    if not more:
+                        fail(f"{path}, row {number + 1}: broken JSON, or cut off ({error.msg})")
+                    more = file.read(max(1 << 20, len(buffer)))
+                    buffer, at = buffer[at:] + more, 0
+                    continue
+                number += 1
+                if not isinstance(row, dict):
+                    fail(f"{path}, row {number}: must be an object, is {str(row)[:40]!r}")
+                yield f"{path}, row {number}", row
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{path}: {error}")
+    if not number:
+        fail(f"{path}: no rows in it")
+
+
+def field(row, name, where, kind=str):
+    """row[name], which must be there, of that kind, and not blank."""
+    value = row.get(name)
+    if not isinstance(value, kind) or kind is str and not value.strip():
+        fail(f"{where}: {name!r} must be a {'text' if kind is str else kind.__name__}, is {str(value)[:40]!r}")
+    return value
+
+
+def inside(root, name, where):
+    """root / name, which must not climb out of root."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        fail(f"{where}: image {name!r} leads out of the root")
+    return Path(root) / name
+
+
+def annotations(path, held_out=False):
+    """Rows of ShareGPT4V, or {"image", "caption"} and maybe "phrases" -> dicts of image, caption, phrases and where.
+
+    ShareGPT4V's first HELD_OUT rows are the test set: these alone with `held_out`, all others without.
+    """
+    for number, (where, row) in enumerate(rows(path)):
+        if talk := row.get("conversations"):
+            if (number < HELD_OUT) != held_out:
+                if held_out:
+                    return
+                continue
+            row = row | {"caption": next((turn["value"] for turn in talk if turn.get("from") == "gpt"), None)}
+        image, caption, phrases = field(row, "image", where), row.get("caption"), row.get("phrases")
+        if not isinstance(caption, str):
+            fail(f"{where}: 'caption' must be a text, is {str(caption)[:40]!r}")
+        inside(".", image, where)
+        if phrases is not None and not (isinstance(phrases, list) and all(isinstance(phrase, str) for phrase in phrases)):
+            fail(f"{where}: 'phrases' must be a list of texts")
+        yield dict(image=image, caption=caption, phrases=phrases)
+
+
+def split_captions(batch, with_phrases):
+    """Columns of `annotations` -> image, sentences (list of S str), phrases ([S][kind] lists of str; SPEC §5.1–5.5).
+
+    A caption that is empty once cleaned is left out. Phrases that were given go with the sentences they stand in;
+    one that stands in none goes with all.
+    """
+    kept = [(image, split_sentences(clean(caption)), given) for image, caption, given in zip(*(batch[k] for k in ("image", "caption", "phrases")))]
+    kept = [one for one in kept if one[1]]
+    parsed = iter(())
+    if with_phrases and (unparsed := [sentence for _, sentences, given in kept if given is None for sentence in sentences]):
+        nlp, matchers = parser()
+        parsed = (extract_phrases(doc, matchers) for doc in nlp.pipe(unparsed, batch_size=256))
+    phrases = []
+    for _, sentences, given in kept:
+        if given is None:
+            phrases.append([next(parsed, [[], [], []]) for _ in sentences])
+        else:
+            astray = {phrase for phrase in given if not any(phrase in sentence for sentence in sentences)}
+            phrases.append([[[phrase for phrase in given if phrase in sentence or phrase in astray], [], []] for sentence in sentences])
+    return {"image": [one[0] for one in kept], "sentences": [one[1] for one in kept], "phrases": phrases}
+
+
+def prepare(path, with_phrases):
+    """An annotation file -> a datasets.Dataset of what `split_captions` makes of it, memory-mapped from the datasets cache.
+
+    Made once for a file and this code: the first process to come works, the others wait and find it there.
+    """
+    import datasets
+    from filelock import FileLock
+    if not Path(path).is_file():
+        fail(f"--data {path}: there is no such file")
+    stat, text, cache = os.stat(path), datasets.Value("string"), Path(datasets.config.HF_DATASETS_CACHE)
+    code = [inspect.getsource(part) for part in (annotations, split_captions, clean, split_sentences, phrase_matchers, extract_phrases)]
+    made_of = [str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns, with_phrases, code, PLACE_NOUNS, PLACE_HEADS]
+    folder = cache / f"beta_clip_{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}"
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            raw = datasets.Dataset.from_generator(annotations, gen_kwargs={"path": str(path)}, fingerprint=folder.name,
+                                                  features=datasets.Features(image=text, caption=text, phrases=[text]))
+            if not len(raw):
+                fail(f"--data {path}: no row to train on (ShareGPT4V's first {HELD_OUT} are the test set)")
+            if with_phrases and raw[0]["phrases"] is None:
+                parser()  # complain of what is not installed here, not in a worker
+            processes = min(len(os.sched_getaffinity(0)), len(raw) // 1000)
+            made = raw.map(split_captions, batched=True, remove_columns=["caption"], fn_kwargs={"with_phrases": with_phrases},
+                           features=datasets.Features(image=text, sentences=[text], phrases=[[[text]]]),
+                           num_proc=processes if processes > 1 else None, desc="captions to queries")
+            made.save_to_disk(f"{folder}.tmp")
+            os.rename(f"{folder}.tmp", folder)
+    return datasets.load_from_disk(folder)
+
+
+class Captions:
+    """Images and captions on disk: (epoch, index) -> pixels [3, size, size], queries as of `queries`, and what was unreadable.
+
+    An unreadable image is replaced by another sample; its name, and why, is in the list of what was unreadable.
+    """
+
+    def __init__(self, path, root, size, sentences, phrases, seed=0, captions_only=False):
+        self.rows, self.root, self.size = prepare(path, phrases > 0 and not captions_only), Path(root), size
+        self.sentences, self.phrases, self.seed, self.captions_only = sentences, phrases, seed, captions_only
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, at):
+        rng, index, unreadable = random.Random(f"{self.seed} {at}"), at[1], []
+        while True:
+            row = self.rows[index]
+            try:
+                with Image.open(self.root / row["image"]) as image:
+                    pixels = random_crop(image, self.size, rng)
+                break
+            except UNREADABLE as error:
+                unreadable.append(f"{self.root / row['image']}: {error}")
+            if len(unreadable) == 20:  # the count of them will end the run
+                pixels = torch.zeros(3, self.size, self.size)
+                break
+            index = rng.randrange(len(self))
+        drawn = draw_sentences(len(row["sentences"]), self.sentences, rng)
+        phrases = order_phrases([row["phrases"][i] for i in drawn])
+        return pixels, *queries([row["sentences"][i] for i in drawn], phrases, self), unreadable
+
+
 # --------------------------------------------------------------------------------- samples to batches
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)  # CLIP's
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
 
-def to_pixels(image, size):
-    """A PIL image -> normalised pixels [3, size, size]: shorter side to `size`, bicubic, then the centre (SPEC §6)."""
-    image = center_crop(resize(image.convert("RGB"), size, InterpolationMode.BICUBIC), size)
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises of a broken image
+
+
+def rgb(image):
+    """Any PIL image -> RGB. PIL clips 16 bits to white, they are scaled here; of an animation the first frame is taken."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def to_pixels(image, size, whole=False):
+    """A PIL image -> normalised pixels [3, size, size]: shorter side to `size`, bicubic, then the centre (SPEC §6).
+
+    `whole`: the whole image to size x size, ignoring its aspect (FG-OVD's protocol).
+    """
+    image = rgb(image)
+    image = image.resize((size, size)) if whole else center_crop(resize(image, size, InterpolationMode.BICUBIC), size)
     return (torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 - MEAN) / STD
 
 
-def sample_queries(sentences, phrases, n_sentences, n_phrases, rng):
-    """The queries of one draw: the caption, then its sentences, then its phrases (SPEC §5.4, §5.5).
+def random_crop(image, size, rng):
+    """A PIL image, best not decoded yet -> pixels [3, size, size] of RandomResizedCrop(size, scale (0.5, 1)) (SPEC §4)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.getrandbits(63))
+        top, left, height, width = RandomResizedCrop.get_params(image, (0.5, 1), (3 / 4, 4 / 3))
+    full = image.size
+    # a JPEG is decoded at the smallest scale (1, 1/2, 1/4, 1/8) that still has `size` pixels across the crop
+    image.draft("RGB", (math.ceil(full[0] * size / width), math.ceil(full[1] * size / height)))
+    x, y = image.size[0] / full[0], image.size[1] / full[1]
+    box = (left * x, top * y, (left + width) * x, (top + height) * y)
+    return to_pixels(rgb(image).resize((size, size), Image.Resampling.BICUBIC, box), size)
 
-    `n_sentences` are sampled in random order (all, in order, where there are no more) and make the caption;
-    with `n_sentences` = 0 the caption is made of DRAWN, and no sentence is a query.
+
+def draw_sentences(count, wanted, rng):
+    """Positions of the sentences of one draw, `wanted` of `count` in random order; all, in order, where there are no more.
+
+    With `wanted` = 0 no sentence is a query, and the caption is made of DRAWN.
     """
-    wanted = n_sentences or DRAWN
-    drawn = rng.sample(sentences, wanted) if len(sentences) > wanted else sentences
-    return [". ".join(drawn), *(drawn if n_sentences else []), *phrases[:n_phrases]]
+    wanted = wanted or DRAWN
+    return rng.sample(range(count), wanted) if count > wanted else range(count)
 
 
-def tokenize(tokenizer, texts, limit=CONTEXT):
-    """Texts -> list of 1-D LongTensors, BOS … EOS. One longer than `limit` is cut so that EOS stays its last token."""
-    ids = tokenizer([text.translate(QUOTES) for text in texts])["input_ids"]
-    return [torch.tensor(x if len(x) <= limit else x[: limit - 1] + x[-1:]) for x in ids]
+def queries(sentences, phrases, want):
+    """Drawn sentences and their phrases -> texts (the caption, then its sentences) and phrases (SPEC §5.4, §5.5).
+
+    `want` is the data set: it has the numbers of `sentences` and `phrases`, and `captions_only`.
+    """
+    caption = [". ".join(sentences)]
+    if want.captions_only:
+        return caption, []
+    return caption + (sentences if want.sentences else []), phrases[:want.phrases]
+
+
+def tokenize(tokenizer, texts, limits=itertools.repeat(CONTEXT)):
+    """Texts -> list of 1-D LongTensors, BOS … EOS. One longer than its limit is cut so that EOS stays its last token."""
+    ids = tokenizer([text.translate(QUOTES) for text in texts], verbose=False)["input_ids"]
+    return [torch.tensor(x if len(x) <= limit else x[: limit - 1] + x[-1:]) for x, limit in zip(ids, limits)]
 
 
 def collate(samples, tokenizer):
-    """[(pixels, queries)] -> pixels [B, 3, H, W], the tokens of all queries end to end [T], their lengths [N], owner [N].
+    """[(pixels, texts, phrases, unreadable)] -> pixels [B, 3, H, W], the tokens of all queries end to end [T],
+    their lengths [N], owner [N], and what was unreadable (list of str).
 
     One flat tensor crosses from worker to trainer where 2,000 small ones would cost more than the step;
     `tokens.split(lengths.tolist())` is the list of texts again.
     """
-    pixels, queries = zip(*samples)
-    texts = tokenize(tokenizer, [text for image in queries for text in image])
-    owner = torch.arange(len(queries)).repeat_interleave(torch.tensor([len(image) for image in queries]))
-    return torch.stack(pixels), torch.cat(texts), torch.tensor([len(text) for text in texts]), owner
+    pixels, texts, phrases, unreadable = zip(*samples)
+    counts = [(len(t), len(p)) for t, p in zip(texts, phrases)]
+    limits = [limit for t, p in counts for limit in [CONTEXT] * t + [PHRASE_TOKENS] * p]
+    tokens = tokenize(tokenizer, [text for both in zip(texts, phrases) for part in both for text in part], limits)
+    owner = torch.arange(len(counts)).repeat_interleave(torch.tensor([t + p for t, p in counts]))
+    return torch.stack(pixels), torch.cat(tokens), torch.tensor([len(text) for text in tokens]), owner, sum(unreadable, [])
 
 
 class Batches:

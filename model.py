@@ -97,7 +97,8 @@ class BetaCLIP(nn.Module):
         self.clip = clip
         text = clip.text_model.embeddings
         weight = text.position_embedding.weight.data
-        if len(weight) == 77:
+        self.stretched = len(weight) == 77
+        if self.stretched:
             weight = stretch_positions(weight)
         text.position_embedding = Positions(weight)
         text.register_buffer("position_ids", torch.arange(len(weight))[None], persistent=False)
@@ -107,6 +108,10 @@ class BetaCLIP(nn.Module):
     @property
     def device(self):
         return self.clip.logit_scale.device
+
+    @property
+    def dim(self):
+        return self.clip.config.projection_dim
 
     @property
     def context(self):

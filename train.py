@@ -11,10 +11,12 @@ again with the same arguments it goes on where its checkpoint stands.
 """
 
 import argparse
+import collections
 import contextlib
 import json
 import math
 import os
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -60,9 +62,10 @@ def arguments(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="the run's folder (default: runs/…, named by data, cal, beta and seed)")
     parser.add_argument("--model", help="'tiny', from scratch; or a Hugging Face CLIP: its hub name or a folder")
-    parser.add_argument("--data", choices=DEFAULTS, default="scenes")
+    parser.add_argument("--data", default="scenes", help="scenes, sharegpt4v, or a file: JSON (lines) of {image, caption}")
+    parser.add_argument("--root", default="data", help="the folder that image names start from, and sharegpt4v's file lies in")
     args = parser.parse_args(argv)
-    for name, value in DEFAULTS[args.data].items():
+    for name, value in DEFAULTS["scenes" if args.data == "scenes" else "sharegpt4v"].items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     if not 0 <= args.beta <= 1:
@@ -73,7 +76,7 @@ def arguments(argv=None):
         if value is not None and not low <= value < 2**63:
             data.fail(f"--{name.replace('_', '-')} {value}: must be a number, at least {low}")
     if args.out is None:
-        args.out = f"runs/{args.data}-{args.cal}" + (f"-beta{args.beta:g}" if args.cal != "none" else "") + f"-seed{args.seed}"
+        args.out = f"runs/{Path(args.data).stem}-{args.cal}" + (f"-beta{args.beta:g}" if args.cal != "none" else "") + f"-seed{args.seed}"
     return args
 
 
@@ -135,8 +138,6 @@ def main(argv=None):
         data.fail(f"--out {out} holds another run: {other}: choose another --out")
 
     # ---- model and data
-    if args.data != "scenes":
-        data.fail(f"--data {args.data}: the loader of real data is not there yet, scenes is")
     try:
         if args.model == "tiny":
             tokenizer = data.scenes_tokenizer()
@@ -146,7 +147,14 @@ def main(argv=None):
             tokenizer = models.load_tokenizer(args.model)
     except OSError as error:
         data.fail(f"--model {args.model}: {str(error).splitlines()[0]}")
-    samples = data.Scenes(model.image_size, args.sentences, args.phrases, seed=args.seed, captions_only=args.cal == "none")
+    wanted = dict(sentences=args.sentences, phrases=args.phrases, seed=args.seed, captions_only=args.cal == "none")
+    if args.data == "scenes":
+        samples = data.Scenes(model.image_size, **wanted)
+    else:
+        file = Path(args.root) / data.SHAREGPT4V if args.data == "sharegpt4v" else args.data
+        samples = data.Captions(file, args.root, model.image_size, **wanted)
+    if len(samples) < args.batch_size * world:
+        data.fail(f"--batch-size {args.batch_size} on {world} processes: there are only {len(samples)} samples")
     per_step = args.batch_size * world * args.accum
     total = max(1, int(args.epochs * len(samples) / per_step))
     total = min(total, args.max_steps or total)
@@ -188,6 +196,7 @@ def main(argv=None):
         log.writelines(kept)
     bar = tqdm(range(done, total), initial=done, total=total, disable=rank > 0, dynamic_ncols=True)
     since, seen = time.perf_counter(), done
+    unreadable, drawn = collections.Counter(), 0
 
     model.train()
     for step in bar:
@@ -198,7 +207,14 @@ def main(argv=None):
 
         clip_part = cal_part = 0
         for micro in range(args.accum):
-            pixels, tokens, lengths, owner = next(loader)
+            pixels, tokens, lengths, owner, failed = next(loader)
+            drawn += len(pixels)
+            for name in failed:
+                unreadable[name] += 1
+                if unreadable[name] == 1:
+                    tqdm.write(f"unreadable image, another sample is taken: {name}", file=sys.stderr)
+            if failed and unreadable.total() > max(10, 0.01 * drawn):
+                data.fail(f"{unreadable.total()} of the {drawn} images of this process were unreadable, more than 1 %: see the names above, and --root")
             texts = tokens.split(lengths.tolist())
             inner = net.no_sync() if world > 1 and micro < args.accum - 1 else contextlib.nullcontext()
             with inner:  # gradients of the ranks meet on the last micro-step only
@@ -225,7 +241,7 @@ def main(argv=None):
             now = time.perf_counter()
             line = dict(step=step + 1, epoch=(step + 1) * per_step / len(samples), loss=clip + cal, clip=clip, cal=cal,
                         clip_scale=clip_scale, pool_scale=pool_scale, lr=lr, lr_pooler=lr_pooler,
-                        images_per_s=(step + 1 - seen) * per_step / (now - since))
+                        images_per_s=(step + 1 - seen) * per_step / (now - since), unreadable=unreadable.total())
             since, seen = now, step + 1
             log.write(json.dumps(line) + "\n")
             bar.set_postfix_str(f"clip {clip:.3f} cal {cal:.3f} scales {clip_scale:.1f} {pool_scale:.1f} lr {lr:.1e} "
@@ -239,9 +255,12 @@ def main(argv=None):
         dist.destroy_process_group()
     if rank == 0:
         models.export(model, tokenizer, out / "hf")
-        results = evaluation.evaluate(model, tokenizer, ["scenes"])
+        results = {}
+        for bench in ["scenes"] if args.data == "scenes" else evaluation.BENCHES[1:]:
+            with contextlib.suppress(evaluation.Missing):
+                results[bench] = evaluation.evaluate(model, tokenizer, bench, args.root)
         (out / "eval.json").write_text(json.dumps(results, indent=1) + "\n")
-        print(f"{out}\n{evaluation.table(results)}")
+        print(f"{out}\n{evaluation.HEADER}\n{evaluation.table(results)}")
 
 
 if __name__ == "__main__":

@@ -42,8 +42,8 @@ def test_curly_quotes_are_straightened_before_the_real_bpe():
     tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
     assert len(tokenizer) == 49408
     # CLIP's README and notebooks: "a diagram" is 320 22697
-    assert data.tokenize(tokenizer, ["a diagram"])[0].tolist() == [49406, 320, 22697, 49407]
-    curly, straight = data.tokenize(tokenizer, ["the dog’s “ball”", "the dog's \"ball\""])
+    assert data.tokenize(tokenizer, ["a diagram"], [248])[0].tolist() == [49406, 320, 22697, 49407]
+    curly, straight = data.tokenize(tokenizer, ["the dog’s “ball”", "the dog's \"ball\""], [248, 248])
     assert curly.tolist() == straight.tolist()
     captions = [row["caption"] for row in json.loads((shared / "urban1k_captions.json").read_text())]
-    assert max(map(len, data.tokenize(tokenizer, captions))) <= data.CONTEXT
+    assert max(map(len, data.tokenize(tokenizer, captions, [999] * 50))) <= data.CONTEXT

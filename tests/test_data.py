@@ -35,8 +35,9 @@ def test_siblings_differ_in_one_attribute_of_one_object():
 def test_captions_need_the_long_context(tokenizer):
     for index in range(50):
         sentences, phrases = data.describe(data.scene("train", index))
-        caption = data.sample_queries(sentences, phrases, 5, 8, random.Random(index))[0]
-        assert 77 < len(data.tokenize(tokenizer, [caption])[0]) <= data.CONTEXT
+        drawn = data.draw_sentences(len(sentences), 5, random.Random(index))
+        (caption, *_), _ = data.queries([sentences[i] for i in drawn], phrases, Want(5, 8))
+        assert 77 < len(data.tokenize(tokenizer, [caption], [999])[0]) <= data.CONTEXT
 
 
 def test_the_tokenizer_is_always_the_same(tokenizer):
@@ -77,26 +78,35 @@ def test_box_expressions_differ_in_as_many_attributes_as_their_level_says():
         assert len(set(row["trivial"])) == 11 and row["trivial"][0] == row["hard"][0]
 
 
+class Want:
+    captions_only = False
+
+    def __init__(self, sentences, phrases):
+        self.sentences, self.phrases = sentences, phrases
+
+
 def test_queries_of_a_draw():
-    sentences, phrases = ["s1", "s2", "s3", "s4", "s5", "s6"], ["p1", "p2", "p3"]
-    queries = data.sample_queries(sentences, phrases, 5, 2, random.Random(0))
-    assert queries[0] == ". ".join(queries[1:6]) and len(set(queries[1:6])) == 5 and queries[6:] == ["p1", "p2"]
-    assert data.sample_queries(sentences[:3], [], 5, 2, random.Random(0)) == ["s1. s2. s3", "s1", "s2", "s3"]  # fewer: all, in order
-    caption, *rest = data.sample_queries(sentences, phrases, 0, 2, random.Random(0))
-    assert rest == ["p1", "p2"] and len(caption.split(". ")) == 5  # no sentence is a query, the caption still has five
+    drawn = data.draw_sentences(6, 5, random.Random(0))
+    assert len(set(drawn)) == 5 and list(drawn) != sorted(drawn)
+    assert list(data.draw_sentences(3, 5, random.Random(0))) == [0, 1, 2]  # fewer: all, in order
+    assert len(data.draw_sentences(6, 0, random.Random(0))) == 5           # no sentence is a query, the caption still has five
+    sentences, phrases = ["s2", "s1"], ["p1", "p2", "p3"]
+    assert data.queries(sentences, phrases, Want(5, 2)) == (["s2. s1", "s2", "s1"], ["p1", "p2"])
+    assert data.queries(sentences, phrases, Want(0, 9)) == (["s2. s1"], ["p1", "p2", "p3"])
 
 
 def test_a_long_text_is_cut_so_that_eos_stays(tokenizer):
-    text, = data.tokenize(tokenizer, ["red " * 1000])
-    assert len(text) == data.CONTEXT and text[-1] == tokenizer.eos_token_id
+    long, short = data.tokenize(tokenizer, ["red " * 1000, "red " * 1000], [data.CONTEXT, data.PHRASE_TOKENS])
+    assert len(long) == data.CONTEXT and long[-1] == tokenizer.eos_token_id
+    assert len(short) == 30 and short[-1] == tokenizer.eos_token_id
 
 
 def test_collate_is_undone_by_split(tokenizer):
-    samples = [(torch.zeros(3, 8, 8), ["a red star", "red"]), (torch.ones(3, 8, 8), ["a large blue cross"])]
-    pixels, tokens, lengths, owner = data.collate(samples, tokenizer)
+    samples = [(torch.zeros(3, 8, 8), ["a red star"], ["red " * 40], []), (torch.ones(3, 8, 8), ["a large blue cross"], [], ["x.jpg: broken"])]
+    pixels, tokens, lengths, owner, unreadable = data.collate(samples, tokenizer)
     texts = tokens.split(lengths.tolist())
-    assert [tokenizer.decode(text, skip_special_tokens=True) for text in texts] == ["a red star", "red", "a large blue cross"]
-    assert owner.tolist() == [0, 0, 1] and pixels.shape == (2, 3, 8, 8)
+    assert [tokenizer.decode(text, skip_special_tokens=True) for text in texts] == ["a red star", "red " * 27 + "red", "a large blue cross"]
+    assert owner.tolist() == [0, 0, 1] and pixels.shape == (2, 3, 8, 8) and unreadable == ["x.jpg: broken"]
 
 
 def test_each_sample_is_drawn_once_an_epoch_across_ranks():

@@ -43,7 +43,7 @@ def test_thirty_steps_lower_the_loss_and_eval_prints_every_row(tmp_path, capsys)
     printed = capsys.readouterr().out
     evaluation.main(f"--ckpt {run} --json {tmp_path / 'scores.json'}".split())
     assert capsys.readouterr().out == printed  # the loaded run is the run
-    assert [line[:20].split(maxsplit=1) for line in printed.splitlines()[2:]] == [["scenes", row + " " * (10 - len(row))] for row in ROWS]
+    assert [line[:22].split(maxsplit=1) for line in printed.splitlines()[2:]] == [["scenes", row + " " * (10 - len(row))] for row in ROWS]
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert list(scores["scenes"]) == ROWS and scores == json.loads((run / "eval.json").read_text())
 
