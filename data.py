@@ -372,8 +372,6 @@ def prepare(path, with_phrases):
     """
     import datasets
     from filelock import FileLock
-    if not Path(path).is_file():
-        fail(f"--data {path}: there is no such file")
     stat, text, cache = os.stat(path), datasets.Value("string"), Path(datasets.config.HF_DATASETS_CACHE)
     code = [inspect.getsource(part) for part in (annotations, split_captions, clean, split_sentences, phrase_matchers, extract_phrases)]
     made_of = [str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns, with_phrases, code, PLACE_NOUNS, PLACE_HEADS]
@@ -381,12 +379,15 @@ def prepare(path, with_phrases):
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
+            if next(annotations(path), None) is None:
+                fail(f"{path}: no row to train on (ShareGPT4V's first {HELD_OUT} are the test set)")
+            print(f"reading {path}", flush=True)
+            datasets.disable_progress_bars()  # a complaint of a row stands in a line of its own
             raw = datasets.Dataset.from_generator(annotations, gen_kwargs={"path": str(path)}, fingerprint=folder.name,
                                                   features=datasets.Features(image=text, caption=text, phrases=[text]))
-            if not len(raw):
-                fail(f"--data {path}: no row to train on (ShareGPT4V's first {HELD_OUT} are the test set)")
             if with_phrases and raw[0]["phrases"] is None:
                 parser()  # complain of what is not installed here, not in a worker
+            datasets.enable_progress_bars()
             processes = min(len(os.sched_getaffinity(0)), len(raw) // 1000)
             made = raw.map(split_captions, batched=True, remove_columns=["caption"], fn_kwargs={"with_phrases": with_phrases},
                            features=datasets.Features(image=text, sentences=[text], phrases=[[[text]]]),

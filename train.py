@@ -75,6 +75,12 @@ def arguments(argv=None):
         value = getattr(args, name)
         if value is not None and not low <= value < 2**63:
             data.fail(f"--{name.replace('_', '-')} {value}: must be a number, at least {low}")
+    file = Path(args.root) / data.SHAREGPT4V if args.data == "sharegpt4v" else Path(args.data)
+    if args.data != "scenes" and not file.is_file():
+        data.fail(f"--data {args.data}: there is no file {file}" + (
+            ": get it from https://huggingface.co/datasets/Lin-Chen/ShareGPT4V" if args.data == "sharegpt4v" else "; scenes and sharegpt4v are the names"))
+    if args.data != "scenes" and not Path(args.root).is_dir():
+        data.fail(f"--root {args.root}: there is no such folder")
     if args.out is None:
         args.out = f"runs/{Path(args.data).stem}-{args.cal}" + (f"-beta{args.beta:g}" if args.cal != "none" else "") + f"-seed{args.seed}"
     return args
@@ -151,7 +157,7 @@ def main(argv=None):
     if args.data == "scenes":
         samples = data.Scenes(model.image_size, **wanted)
     else:
-        file = Path(args.root) / data.SHAREGPT4V if args.data == "sharegpt4v" else args.data
+        file = Path(args.root) / data.SHAREGPT4V if args.data == "sharegpt4v" else Path(args.data)
         samples = data.Captions(file, args.root, model.image_size, **wanted)
     if len(samples) < args.batch_size * world:
         data.fail(f"--batch-size {args.batch_size} on {world} processes: there are only {len(samples)} samples")

@@ -98,7 +98,8 @@ def test_two_ranks_equal_one_process_with_the_whole_batch(tmp_path):
     ("--seed 99999999999999999999", "--seed 99999999999999999999: must be"),
     ("--lr inf", "--lr inf: must be"),
     ("--cal soft", "--cal: invalid choice: 'soft'"),
-    ("--data nowhere", "--data"),
+    ("--data nowhere", "--data nowhere: there is no file nowhere"),
+    ("--data sharegpt4v --root nowhere", "there is no file nowhere/share-captioner_coco_lcs_sam_1246k_1107.json: get it from"),
     ("--model nowhere", "--model nowhere: neither a folder nor a hub name"),
 ])
 def test_impossible_arguments_end_in_one_line(tmp_path, capsys, flags, complaint):
