@@ -483,6 +483,8 @@ def main(argv=None):
         data.fail(f"--ckpt {source}: {str(error).splitlines()[0]}")
     if model.stretched and args.score == "pooled":
         data.fail(f"--score pooled: {source} has no trained pooler")
+    if len(tokenizer) > model.clip.config.text_config.vocab_size:
+        data.fail(f"--ckpt {source}: its tokenizer has {len(tokenizer)} tokens, the model {model.clip.config.text_config.vocab_size}: they do not belong together")
     model = model.to(device).eval()
     if args.heatmap:
         heatmap(model, tokenizer, open_image(args.heatmap[0]), args.heatmap[1:]).save(args.out)

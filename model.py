@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 KEPT = 20            # text positions that stay as they are, and frozen
+OPENAI = "openai/clip-vit-base-patch16"  # all of OpenAI's CLIPs have its tokenizer
 CHUNK_TOKENS = 8192  # a chunk of texts is closed when it holds about so many tokens
 
 TINY = {  # the model of the built-in scenes, trained from scratch in minutes
@@ -245,6 +246,8 @@ def from_authors(theirs, heads=None):
     ours["text_model.embeddings.position_embedding.weight"] = torch.cat([fixed[:KEPT], learned[KEPT:]])
 
     def sizes(part, width):
+        if width % 64 and not heads:
+            raise ValueError(f"{part} is {width} wide, no multiple of 64: say how many heads it has, as in load(path, heads=4)")
         layers = sum(name.startswith(f"{part}.encoder.layers.") and name.endswith("fc1.bias") for name in ours)
         return dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads or width // 64)
 
@@ -310,7 +313,15 @@ def export(model, tokenizer, folder):
 
 
 def load_tokenizer(source):
-    """The tokenizer that belongs to the model that `load` makes of the same source."""
+    """The tokenizer that belongs to the model that `load` makes of the same source. OSError where there is none.
+
+    An authors' .pt comes without one: it is OpenAI's, read from the folder of the .pt, or else from the hub.
+    """
     if Path(source).is_file():
-        raise OSError("a checkpoint without its tokenizer: name a run's folder")
+        beside = Path(source).parent
+        source = beside if (beside / "tokenizer_config.json").is_file() else OPENAI
+        try:
+            return CLIPTokenizer.from_pretrained(source)
+        except OSError as error:
+            raise OSError(f"its tokenizer, {OPENAI}'s, cannot be fetched: save that tokenizer's files in {beside}") from error
     return CLIPTokenizer.from_pretrained(source)

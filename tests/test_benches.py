@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -246,6 +247,18 @@ def test_a_short_clip_is_stretched_with_a_note(root, tmp_path, tokenizer, capsys
     tokenizer.save_pretrained(tmp_path)
     assert "77 text positions, stretched to 248" in run(capsys, "--bench", "urban1k", "--root", root, "--ckpt", tmp_path)
     assert "no trained pooler" in refused(capsys, "--bench", "urban1k", "--score", "pooled", "--root", root, "--ckpt", tmp_path)
+
+
+def test_the_authors_checkpoint_with_its_tokenizer_beside(root, golden, tokenizer, tmp_path, capsys, monkeypatch):
+    shutil.copy(golden / "authors_checkpoint.pt", tmp_path)
+    assert "heads" in refused(capsys, "--bench", "urban1k", "--root", root, "--ckpt", tmp_path / "authors_checkpoint.pt")
+    monkeypatch.setattr(models, "load", partial(models.load, heads=4))  # the golden model's heads are no 64 wide
+    flags = ["--bench", "urban1k", "--root", root, "--ckpt", tmp_path / "authors_checkpoint.pt"]
+    error = refused(capsys, *flags)
+    assert f"save that tokenizer's files in {tmp_path}" in error and models.OPENAI in error
+    tokenizer.save_pretrained(tmp_path)
+    printed = run(capsys, *flags, "--json", tmp_path / "s.json")
+    assert "stretched" not in printed and set(json.loads((tmp_path / "s.json").read_text())) == {"urban1k"}
 
 
 def test_urban1k_is_unpacked_from_the_hub_and_offline_says_what_to_put_where(root, clip, tmp_path, capsys, monkeypatch):
