@@ -317,11 +317,12 @@ def load_tokenizer(source):
 
     An authors' .pt comes without one: it is OpenAI's, read from the folder of the .pt, or else from the hub.
     """
+    name = source
     if Path(source).is_file():
         beside = Path(source).parent
-        source = beside if (beside / "tokenizer_config.json").is_file() else OPENAI
-        try:
-            return CLIPTokenizer.from_pretrained(source)
-        except OSError as error:
-            raise OSError(f"its tokenizer, {OPENAI}'s, cannot be fetched: save that tokenizer's files in {beside}") from error
-    return CLIPTokenizer.from_pretrained(source)
+        name = beside if (beside / "tokenizer_config.json").is_file() else OPENAI
+    tokenizer = CLIPTokenizer.from_pretrained(name)
+    if len(tokenizer) < 512:  # the bytes alone are so many; transformers makes an empty one where it finds no files
+        raise OSError("no tokenizer in it" if name == source else
+                      f"its tokenizer, {OPENAI}'s, cannot be fetched: save that tokenizer's files in {beside}")
+    return tokenizer
