@@ -510,24 +510,24 @@ def collate(samples, tokenizer):
 
 
 class Batches:
-    """The batches of one rank, for a DataLoader: lists of (epoch, index), from micro-step `start` to `stop`.
+    """The batches of one rank, for a DataLoader: lists of (epoch, index), of images `start` to `stop` of the stream.
 
     All ranks walk one endless stream: the data set shuffled once an epoch, epoch after epoch. A micro-step takes
     the next `world` x `batch` of it, so each sample is drawn exactly once an epoch (SPEC §10.3), no tail is
-    dropped, and a step's samples follow from its number alone.
+    dropped, and a step's samples follow from the images seen before it alone.
     """
 
     def __init__(self, size, batch, start, stop, rank=0, world=1, seed=0):
         self.size, self.batch, self.start, self.stop, self.rank, self.world, self.seed = size, batch, start, stop, rank, world, seed
 
     def __len__(self):
-        return self.stop - self.start
+        return (self.stop - self.start) // (self.world * self.batch)
 
     def __iter__(self):
         epoch = None
-        for step in range(self.start, self.stop):
+        for first in range(self.start + self.rank * self.batch, self.stop, self.world * self.batch):
             samples = []
-            for at in range((step * self.world + self.rank) * self.batch, (step * self.world + self.rank + 1) * self.batch):
+            for at in range(first, first + self.batch):
                 if at // self.size != epoch:
                     epoch = at // self.size
                     order = np.random.default_rng([self.seed, epoch]).permutation(self.size)

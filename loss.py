@@ -41,6 +41,21 @@ def gather(x):
     return Gather.apply(x) if dist.is_initialized() else x
 
 
+def gather_queries(visual, text, owner):
+    """All ranks' queries for β-CAL, however many each has: [n, D], [n, D], owner [n], on the CPU -> [N, D], [N, D], [N].
+
+    Every rank has as many images as every other.
+    """
+    counts = gather(owner.bincount())                                                 # [W * B] queries of each image
+    rows = counts.view(-1, owner[-1] + 1).sum(1).tolist()                             # [W] queries of each rank
+
+    def ragged(x):
+        padded = gather(F.pad(x, (0, 0, 0, max(rows) - len(x))))                      # [W * max, D]
+        return torch.cat([part[:count] for part, count in zip(padded.split(max(rows)), rows)])
+
+    return ragged(visual), ragged(text), torch.arange(len(counts)).repeat_interleave(counts)
+
+
 def clip_loss(image, text, scale):
     """Symmetric InfoNCE between matched rows: [B, D], [B, D], scalar exp(logit scale) -> scalar."""
     logits = scale * unit(image) @ unit(text).T  # [B, B]

@@ -275,6 +275,12 @@ def read(path):
         raise ValueError(f"{path}: no checkpoint, or one that holds more than tensors and plain values: not loaded") from error
 
 
+def newest(run):
+    """The last checkpoint of a run's folder: checkpoint.pt, or previous.pt where a kill left that alone."""
+    run = Path(run)
+    return run / "previous.pt" if (run / "previous.pt").exists() and not (run / "checkpoint.pt").exists() else run / "checkpoint.pt"
+
+
 def load(source, heads=None):
     """A run's folder, an authors' .pt, or a Hugging Face CLIP (folder or hub name) -> BetaCLIP on the CPU, ready for eval.
 
@@ -287,7 +293,7 @@ def load(source, heads=None):
         if (path / "pooler.safetensors").is_file():
             model.pooler.load_state_dict(load_file(path / "pooler.safetensors"))
         return model.eval()
-    saved = read(path / "checkpoint.pt" if path.is_dir() else path)
+    saved = read(newest(path) if path.is_dir() else path)
     if isinstance(saved, dict) and "config" in saved:
         model = BetaCLIP(CLIPModel(CLIPConfig(**json.loads(saved["config"]))))
         model.load_state_dict(saved["model"])

@@ -122,27 +122,47 @@ def test_beta_cal_keeps_no_square_matrix(monkeypatch):
 # ---- two ranks against one process
 
 def shards():
+    """Images [6, 4], queries [12, 4], whose they are (ragged: 8 queries are the first rank's, 4 the second's), a net, a scale."""
     torch.manual_seed(3)
-    return torch.randn(6, 4), torch.randn(6, 4), torch.nn.Linear(4, 5, bias=False), torch.tensor(10.0, requires_grad=True)
+    owner = torch.arange(6).repeat_interleave(torch.tensor([2, 1, 5, 1, 1, 2]))
+    return torch.randn(6, 4), torch.randn(12, 4), owner, torch.nn.Linear(4, 5, bias=False), torch.tensor(10.0, requires_grad=True)
+
+
+LOSSES = ("clip", "ce", "bce")
+
+
+def value_of(kind, image, query, owner, net, scale, first):
+    if kind == "clip":
+        return loss.clip_loss(loss.gather(net(image)), loss.gather(net(query[first])), scale)
+    visual = net(image[owner]) + net(query).roll(1, 1)
+    rows = (visual, net(query), owner)
+    return loss.beta_cal(*(loss.gather_queries(*rows) if torch.distributed.is_initialized() else rows), scale, 0.4, kind)
 
 
 def one_rank(rank, folder):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    image, text, net, scale = shards()
-    mine = slice(3 * rank, 3 * rank + 3)
-    ddp = torch.nn.parallel.DistributedDataParallel(net)
-    value = loss.clip_loss(loss.gather(ddp(image[mine])), loss.gather(ddp(text[mine])), scale)
-    value.backward()
-    torch.save((value.detach(), net.weight.grad), f"{folder}/{rank}.pt")
+    image, query, owner, net, scale = shards()
+    mine = owner // 3 == rank
+    ddp, results = torch.nn.parallel.DistributedDataParallel(net), {}
+    for kind in LOSSES:
+        net.zero_grad()
+        part = owner[mine] - 3 * rank
+        first = torch.searchsorted(part, torch.arange(3))
+        value = value_of(kind, image[3 * rank:3 * rank + 3], query[mine], part, ddp, scale, first)
+        value.backward()
+        results[kind] = (value.detach(), net.weight.grad.clone())
+    torch.save(results, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_equal_one_process(tmp_path):
     mp.spawn(one_rank, (str(tmp_path),), nprocs=2)
-    image, text, net, scale = shards()
-    value = loss.clip_loss(net(image), net(text), scale)
-    value.backward()
-    for rank in (0, 1):
-        theirs, grad = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        torch.testing.assert_close(theirs, value.detach(), atol=1e-5, rtol=0)
-        torch.testing.assert_close(grad, net.weight.grad, atol=1e-5, rtol=0)
+    image, query, owner, net, scale = shards()
+    for kind in LOSSES:
+        net.zero_grad()
+        value = value_of(kind, image, query, owner, net, scale, torch.searchsorted(owner, torch.arange(6)))
+        value.backward()
+        for rank in (0, 1):
+            theirs, grad = torch.load(tmp_path / f"{rank}.pt", weights_only=True)[kind]
+            torch.testing.assert_close(theirs, value.detach(), atol=1e-5, rtol=0)
+            torch.testing.assert_close(grad, net.weight.grad, atol=1e-5, rtol=0)

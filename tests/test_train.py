@@ -16,8 +16,10 @@ ROOT = Path(__file__).parent.parent
 ROWS = [*evaluation.LEVELS, *(f"{way} R@{k}" for way in ("T2I", "I2T") for k in (1, 5, 10))]
 
 
-def log(run):
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+def log(run, evaluations=False):
+    """The log's lines of steps, or of evaluations."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if ("eval" in line) == evaluations]
 
 
 def test_schedule_golden(golden):
@@ -55,9 +57,8 @@ def test_other_settings_train(tmp_path, flags):
 
 
 def test_a_run_goes_on_where_its_checkpoint_stands(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "SAVE_EVERY", 4)
     monkeypatch.setattr(train, "LOG_EVERY", 1)
-    flags = "--max-steps 8 --batch-size 8 --workers 0 --out "
+    flags = "--max-steps 8 --batch-size 8 --workers 0 --save-every 4 --out "
     train.main(f"{flags} {tmp_path / 'whole'}".split())
     steps = []
     def dies_in_step_seven(*args):  # which step 4's checkpoint survives, and the log of steps 5 and 6 too
