@@ -111,6 +111,11 @@ class BetaCLIP(nn.Module):
         return self.clip.logit_scale.device
 
     @property
+    def layers(self):
+        """The transformer layers of both towers."""
+        return [*self.clip.vision_model.encoder.layers, *self.clip.text_model.encoder.layers]
+
+    @property
     def dim(self):
         return self.clip.config.projection_dim
 

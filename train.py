@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as activation_checkpoint
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -203,12 +204,13 @@ def main(argv=None):
     try:
         if args.model == "tiny":
             tokenizer = data.scenes_tokenizer()
-            model = models.tiny(tokenizer).to(device)
+            model = models.tiny(tokenizer)
         else:
-            model = models.pretrained(args.model).to(device)
+            model = models.pretrained(args.model)
             tokenizer = models.load_tokenizer(args.model)
     except OSError as error:
         data.fail(f"--model {args.model}: {str(error).splitlines()[0]}")
+    model = model.to(device, memory_format=torch.channels_last)
     wanted = dict(sentences=args.sentences, phrases=args.phrases, seed=args.seed, captions_only=args.cal == "none")
     if args.data == "scenes":
         samples = data.Scenes(model.image_size, **wanted)
@@ -245,10 +247,10 @@ def main(argv=None):
             torch.set_rng_state(saved["rng"][rank][0])
             if cuda and saved["rng"][rank][1:]:
                 torch.cuda.set_rng_state(saved["rng"][rank][1])
-    if args.grad_checkpointing:
-        model.clip.gradient_checkpointing_enable({"use_reentrant": False})
-    if args.compile:
-        for layer in (*model.clip.vision_model.encoder.layers, *model.clip.text_model.encoder.layers):
+    for layer in model.layers:
+        if args.grad_checkpointing:
+            layer.forward = partial(activation_checkpoint, layer.forward, use_reentrant=False)
+        if args.compile:
             layer.compile()
     net = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else model
     autocast = torch.autocast(device.type, torch.float16 if args.amp == "fp16" else torch.bfloat16, enabled=args.amp != "off")
@@ -337,7 +339,8 @@ def main(argv=None):
                 inner = net.no_sync() if world > 1 and micro < args.accum - 1 else contextlib.nullcontext()
                 with inner:  # gradients of the ranks meet on the last micro-step only
                     with autocast:
-                        cls, text, pooled = net(pixels.to(device, non_blocking=True), texts, owner)  # [B, D], [N, D], [N, D]
+                        pixels = pixels.to(device, non_blocking=True, memory_format=torch.channels_last)
+                        cls, text, pooled = net(pixels, texts, owner)                                # [B, D], [N, D], [N, D]
                     counts = owner.bincount()                                                        # [B] queries of each image
                     captions = text[(counts.cumsum(0) - counts).to(device, non_blocking=True)]       # [B, D] their first rows
                     l_clip = clip_loss(gather(cls), gather(captions), scales[0].exp())

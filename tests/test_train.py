@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.models.clip.modeling_clip import CLIPMLP
 
 import eval as evaluation
 import loss
@@ -109,6 +110,18 @@ def test_impossible_arguments_end_in_one_line(tmp_path, capsys, flags, complaint
     error = capsys.readouterr().err
     assert stop.value.code == 2 and complaint in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_gradient_checkpointing_computes_the_layers_again_and_the_same(tmp_path, monkeypatch):
+    calls, forward = [], CLIPMLP.forward
+    monkeypatch.setattr(CLIPMLP, "forward", lambda self, x: calls.append(self) or forward(self, x))
+    monkeypatch.setattr(evaluation, "scenes", lambda *_: {"calls": len(calls)})
+    for name in ([], ["--grad-checkpointing"]):
+        calls.clear()
+        train.main([*"--max-steps 2 --batch-size 8 --workers 0 --out".split(), str(tmp_path / str(len(name))), *name])
+    plain, again = (log(tmp_path / name, evaluations=True)[0]["eval"]["scenes"]["calls"] for name in "01")
+    assert again > 1.5 * plain
+    assert [line["loss"] for line in log(tmp_path / "0")] == [line["loss"] for line in log(tmp_path / "1")]
 
 
 def test_out_that_holds_another_run_is_refused_and_kept(tmp_path, capsys):
