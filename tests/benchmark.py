@@ -360,7 +360,9 @@ if __name__ == "__main__":
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="some parts alone; train needs cuda")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=THREADS, help="1 where other jobs run: threads that wait for each other distort")
     args = parser.parse_args()
+    torch.set_num_threads(THREADS := args.threads)
     print(f"{torch.cuda.get_device_name() if args.device == 'cuda' else f'CPU, {THREADS} threads'}, torch {torch.__version__}")
     print(f"{'':<66}{'ours':>13}{'plain':>15}{'ratio':>9}  goal")
     for name in args.only:
