@@ -490,7 +490,7 @@ def queries(sentences, phrases, want):
 
 def tokenize(tokenizer, texts, limits=itertools.repeat(CONTEXT)):
     """Texts -> list of 1-D LongTensors, BOS … EOS. One longer than its limit is cut so that EOS stays its last token."""
-    ids = tokenizer([text.translate(QUOTES) for text in texts], verbose=False)["input_ids"]
+    ids = [one.ids for one in tokenizer.backend_tokenizer.encode_batch_fast([text.translate(QUOTES) for text in texts])]
     return [torch.tensor(x if len(x) <= limit else x[: limit - 1] + x[-1:]) for x, limit in zip(ids, limits)]
 
 

@@ -2,15 +2,14 @@
 
 Embeddings come in raw and are L2-normalised here, in float32 (float64 stays). Queries are ragged: all queries
 of a batch are rows of one flat list, and `owner` says whose image each row is. Nothing here knows of padding,
-and no [N, N] matrix is ever kept: β-CAL goes over tiles of rows, and the backward pass computes each tile anew.
+and no [N, N] matrix is ever kept: β-CAL goes over tiles of rows, which the backward pass computes anew where it needs them.
 """
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-TILE = 1024  # rows of the similarity matrix that exist at a time
+TILE = 256  # rows of the similarity matrix that exist at a time
 
 
 def unit(x):
@@ -74,38 +73,76 @@ def beta_cal(visual, text, owner, scale, beta, kind="ce"):
     kind:          "ce", the soft form, or "bce", the hard form
     Returns a scalar.
     """
-    v, t, owner = unit(visual), unit(text), owner.to(visual.device, non_blocking=True)
-    own = (v * t).sum(1)                                                              # [N] v_i · t_i
-    # images are at most N: sized so, nothing has to be read back from the device
-    counts = torch.zeros_like(own).index_add(0, owner, torch.ones_like(own))          # [N] queries of image b
+    owner = owner.cpu()  # it best is there already: then nothing here waits for the device
+    images, sorted_owner, owner = int(owner[-1]) + 1, owner, owner.to(visual.device, non_blocking=True)
+    v, t = unit(visual), unit(text)
+    own = (v * t).sum(1)                                                    # [N] v_i · t_i
+    counts = own.new_zeros(images).index_add(0, owner, torch.ones_like(own))  # [B] queries of each image
     if kind == "bce":
-        total = (1 - beta) * F.softplus(-scale * own).sum()                           # w_ii = β + (1 - β)
-        for v_tile, owner_tile in zip(v.split(TILE), owner.split(TILE)):
-            total = total + checkpoint(_softplus_sum, v_tile, t, owner_tile, owner, scale, beta, use_reentrant=False)
-        return total / ((owner[-1] + 1) * counts.max()) ** 2
+        total = SoftplusSum.apply(scale * v, t, sorted_owner, beta) + (1 - beta) * F.softplus(-scale * own).sum()  # w_ii = β + (1 - β)
+        return total / (images * counts.max()) ** 2
 
-    n = counts[owner]                                                                 # [N] queries of my image
-    v_sum = torch.zeros_like(v).index_add(0, owner, v)                                # [N, D] V_b
-    t_sum = torch.zeros_like(t).index_add(0, owner, t)                                # [N, D] T_b
-    siblings = ((v * t_sum[owner]) + (t * v_sum[owner])).sum(1)                       # [N] v_i · T + V · t_i
-    positive = scale * (2 * (1 - beta) * own + beta * siblings) / (1 + beta * (n - 1))  # [N] both sides
-    over_text, over_visual = [], torch.full_like(own, -torch.inf)
-    for v_tile in v.split(TILE):
-        rows, columns = checkpoint(_logsumexps, v_tile, t, scale, use_reentrant=False)
-        over_text.append(rows)
-        over_visual = torch.logaddexp(over_visual, columns)
-    return (torch.cat(over_text) + over_visual - positive).mean() / 2
+    d = 1 + beta * (counts - 1)                                             # [B] d_i of each image's queries
+    v_sum = v.new_zeros(images, v.shape[1]).index_add(0, owner, v)          # [B, D] V_b
+    t_sum = t.new_zeros(images, t.shape[1]).index_add(0, owner, t)          # [B, D] T_b
+    # over the rows of an image, both v_i · T_b and V_b · t_i sum to V_b · T_b
+    positive = 2 * scale * ((1 - beta) * (own / d[owner]).sum() + beta * ((v_sum * t_sum).sum(1) / d).sum())
+    over_text, over_visual = LogSumExps.apply(scale * v, t)                 # [N], [N]
+    return (over_text.sum() + over_visual.sum() - positive) / (2 * len(v))
 
 
-def _logsumexps(v, t, scale):
-    """[R, D], [N, D] -> log-sum-exps of the tile's rows [R] and, over these rows, of all columns [N]."""
-    logits = scale * v @ t.T  # [R, N]
-    return logits.logsumexp(1), logits.logsumexp(0)
+class LogSumExps(torch.autograd.Function):
+    """v [N, D], t [N, D] -> log-sum-exps of the rows [N] and of the columns [N] of v @ t.T, tile by tile."""
+
+    @staticmethod
+    def forward(ctx, v, t):
+        rows, columns = torch.empty_like(v[:, 0]), torch.full_like(v[:, 0], -torch.inf)
+        for at in range(0, len(v), TILE):
+            logits = v[at:at + TILE] @ t.T                                  # [R, N]
+            rows[at:at + TILE] = logits.logsumexp(1)
+            columns = torch.logaddexp(columns, logits.logsumexp(0))
+        ctx.save_for_backward(v, t, rows, columns)
+        return rows, columns
+
+    @staticmethod
+    def backward(ctx, grad_rows, grad_columns):
+        v, t, rows, columns = ctx.saved_tensors
+        grad_v, grad_t = torch.empty_like(v), torch.zeros_like(t)
+        for at in range(0, len(v), TILE):
+            mine = slice(at, at + TILE)
+            logits = v[mine] @ t.T                                          # [R, N]
+            grad = (logits - rows[mine, None]).exp_().mul_(grad_rows[mine, None])
+            grad += logits.sub_(columns).exp_().mul_(grad_columns)
+            grad_v[mine] = grad @ t
+            grad_t.addmm_(grad.T, v[mine])
+        return grad_v, grad_t
 
 
-def _softplus_sum(v, t, owner_tile, owner, scale, beta):
-    """Weighted binary cross-entropies of one tile, with β on the diagonal as on all pairs of one image."""
-    logits = scale * v @ t.T                           # [R, N]
-    same = owner_tile[:, None] == owner                # [R, N]
-    costs = F.softplus(torch.where(same, -logits, logits))
-    return torch.where(same, beta * costs, costs).sum()
+class SoftplusSum(torch.autograd.Function):
+    """Weighted binary cross-entropies of v @ t.T, β on the diagonal as on all pairs of one image -> their sum.
+
+    Its gradient does not depend on what comes after, so it is made in the same pass over the tiles.
+    """
+
+    @staticmethod
+    def forward(ctx, v, t, owner, beta):
+        total, grad_v, grad_t = v.new_zeros(()), torch.empty_like(v), torch.zeros_like(t)
+        for at in range(0, len(v), TILE):
+            mine = slice(at, at + TILE)
+            logits = v[mine] @ t.T                                          # [R, N]
+            costs, grad = F.softplus(logits), logits.sigmoid()
+            own = owner[mine]
+            near = slice(*torch.searchsorted(owner, own[[0, -1]] + torch.tensor([0, 1])))  # columns of the tile's images
+            same = (own[:, None] == owner[near]).to(v.device, non_blocking=True)
+            costs[:, near] = torch.where(same, beta * F.softplus(-logits[:, near]), costs[:, near])
+            grad[:, near] = torch.where(same, -beta * (-logits[:, near]).sigmoid(), grad[:, near])
+            total += costs.sum()
+            grad_v[mine] = grad @ t
+            grad_t.addmm_(grad.T, v[mine])
+        ctx.save_for_backward(grad_v, grad_t)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_v, grad_t = ctx.saved_tensors
+        return grad * grad_v, grad * grad_t, None, None

@@ -8,6 +8,7 @@ At test time this is a plain CLIP: `cls` against `text`. Patches serve FG-OVD, t
 """
 
 import argparse
+import itertools
 import json
 import math
 from pathlib import Path
@@ -15,13 +16,12 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 KEPT = 20            # text positions that stay as they are, and frozen
 OPENAI = "openai/clip-vit-base-patch16"  # all of OpenAI's CLIPs have its tokenizer
-CHUNK_TOKENS = 8192  # a chunk of texts is closed when it holds about so many tokens
+CHUNK_COST = 400     # what one chunk of texts more costs, in tokens
 
 TINY = {  # the model of the built-in scenes, trained from scratch in minutes
     "projection_dim": 128,
@@ -43,6 +43,18 @@ def stretch_positions(weight, keep=KEPT):
     quarters = torch.arange(4, dtype=weight.dtype, device=weight.device) / 4
     between = rest[:, None] + quarters[:, None] * step[:, None]                     # [77 - keep, 4, D]
     return torch.cat([weight[:keep], between.flatten(0, 1)])
+
+
+def chunks(lengths):
+    """Sorted lengths of texts -> (start, end) of the chunks that cost least: padded tokens, and CHUNK_COST for each chunk."""
+    ends = [i + 1 for i, length in enumerate(lengths) if i + 1 == len(lengths) or lengths[i + 1] > length]
+    best = {0: (0, 0)}  # end of a chunk: cost up to there, start of that chunk
+    for end in ends:
+        best[end] = min((cost + CHUNK_COST + (end - start) * lengths[end - 1], start) for start, (cost, _) in best.items())
+    cut = [len(lengths)]
+    while cut[-1]:
+        cut.append(best[cut[-1]][1])
+    return list(zip(cut[:0:-1], cut[-2::-1]))
 
 
 class Positions(nn.Module):
@@ -157,13 +169,7 @@ class BetaCLIP(nn.Module):
         """
         texts = [tuple(text.tolist()) for text in texts]
         unique = sorted(dict.fromkeys(texts), key=len)
-        embeddings, start = [], 0
-        while start < len(unique):
-            end, limit = start + 1, 1.25 * len(unique[start]) + 2  # padding is a fifth of a chunk at the worst
-            while end < len(unique) and len(unique[end]) <= limit and (end - start + 1) * len(unique[end]) <= CHUNK_TOKENS:
-                end += 1
-            embeddings.append(self._encode_chunk(unique[start:end]))
-            start = end
+        embeddings = [self._encode_chunk(unique[start:end]) for start, end in chunks([len(text) for text in unique])]
         place = {text: row for row, text in enumerate(unique)}
         rows = torch.tensor([place[text] for text in texts])                         # [N]
         return torch.cat(embeddings)[rows.to(self.device, non_blocking=True)]
@@ -171,7 +177,8 @@ class BetaCLIP(nn.Module):
     def _encode_chunk(self, texts):
         """Tuples of token ids of like length -> [n, D]."""
         length = torch.tensor([len(text) for text in texts])
-        ids = pad_sequence([torch.tensor(text) for text in texts], batch_first=True)  # [n, L]
+        ids = torch.zeros(len(texts), len(texts[-1]), dtype=torch.long)              # [n, L]; the last is the longest
+        ids[torch.arange(ids.shape[1]) < length[:, None]] = torch.tensor(list(itertools.chain.from_iterable(texts)))
         hidden = self.clip.text_model(input_ids=ids.to(self.device, non_blocking=True)).last_hidden_state  # [n, L, W]
         eos = (torch.arange(len(texts)) * ids.shape[1] + length - 1).to(self.device, non_blocking=True)
         return self.clip.text_projection(hidden.flatten(0, 1)[eos])

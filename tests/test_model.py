@@ -64,7 +64,7 @@ def test_text_is_the_stock_text_embedding():
 
 
 def test_encode_text_of_mixed_lengths_equals_one_at_a_time(monkeypatch):
-    monkeypatch.setattr(models, "CHUNK_TOKENS", 64)  # many chunks
+    monkeypatch.setattr(models, "CHUNK_COST", 1)  # many chunks
     model = models.BetaCLIP(stock())
     texts = random_texts(5, 248, 20, 3, 60, 61, 5, 77, 78, 2, 20)
     texts += [texts[3], texts[0]]
