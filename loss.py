@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-TILE = 256  # rows of the similarity matrix that exist at a time
+TILE = 512  # rows of the similarity matrix that exist at a time
 
 
 def unit(x):
@@ -67,26 +67,25 @@ def beta_cal(visual, text, owner, scale, beta, kind="ce"):
 
     visual [N, D]: the image of each query, pooled by that query
     text   [N, D]: the queries
-    owner  [N]:    the image of each row, sorted, 0 … B - 1
+    owner  [N]:    the image of each row, sorted, 0 … B - 1; best on the CPU, then nothing waits for the device
     scale:         exp(logit scale of the pooler), scalar
     beta:          how far other queries of the same image count as positives, 0 … 1
     kind:          "ce", the soft form, or "bce", the hard form
     Returns a scalar.
     """
-    owner = owner.cpu()  # it best is there already: then nothing here waits for the device
-    images, sorted_owner, owner = int(owner[-1]) + 1, owner, owner.to(visual.device, non_blocking=True)
-    v, t = unit(visual), unit(text)
+    v, t, owner = unit(visual), unit(text), owner.cpu()
+    images, there = int(owner[-1]) + 1, owner.to(v.device, non_blocking=True)
     own = (v * t).sum(1)                                                    # [N] v_i · t_i
-    counts = own.new_zeros(images).index_add(0, owner, torch.ones_like(own))  # [B] queries of each image
+    counts = own.new_zeros(images).index_add(0, there, torch.ones_like(own))  # [B] queries of each image
     if kind == "bce":
-        total = SoftplusSum.apply(scale * v, t, sorted_owner, beta) + (1 - beta) * F.softplus(-scale * own).sum()  # w_ii = β + (1 - β)
+        total = SoftplusSum.apply(scale * v, t, owner, beta) + (1 - beta) * F.softplus(-scale * own).sum()  # w_ii = β + (1 - β)
         return total / (images * counts.max()) ** 2
 
     d = 1 + beta * (counts - 1)                                             # [B] d_i of each image's queries
-    v_sum = v.new_zeros(images, v.shape[1]).index_add(0, owner, v)          # [B, D] V_b
-    t_sum = t.new_zeros(images, t.shape[1]).index_add(0, owner, t)          # [B, D] T_b
+    v_sum = v.new_zeros(images, v.shape[1]).index_add(0, there, v)          # [B, D] V_b
+    t_sum = t.new_zeros(images, t.shape[1]).index_add(0, there, t)          # [B, D] T_b
     # over the rows of an image, both v_i · T_b and V_b · t_i sum to V_b · T_b
-    positive = 2 * scale * ((1 - beta) * (own / d[owner]).sum() + beta * ((v_sum * t_sum).sum(1) / d).sum())
+    positive = 2 * scale * ((1 - beta) * (own / d[there]).sum() + beta * ((v_sum * t_sum).sum(1) / d).sum())
     over_text, over_visual = LogSumExps.apply(scale * v, t)                 # [N], [N]
     return (over_text.sum() + over_visual.sum() - positive) / (2 * len(v))
 
@@ -119,30 +118,38 @@ class LogSumExps(torch.autograd.Function):
 
 
 class SoftplusSum(torch.autograd.Function):
-    """Weighted binary cross-entropies of v @ t.T, β on the diagonal as on all pairs of one image -> their sum.
+    """v [N, D], t [N, D], owner [N], on the CPU -> the weighted binary cross-entropies of v @ t.T, summed, tile by tile.
 
-    Its gradient does not depend on what comes after, so it is made in the same pass over the tiles.
+    β weighs all pairs of one image, the pair of a query with itself too.
     """
 
     @staticmethod
     def forward(ctx, v, t, owner, beta):
-        total, grad_v, grad_t = v.new_zeros(()), torch.empty_like(v), torch.zeros_like(t)
-        for at in range(0, len(v), TILE):
-            mine = slice(at, at + TILE)
+        ctx.save_for_backward(v, t)
+        ctx.owner, ctx.beta, total = owner, beta, v.new_zeros(())
+        for mine, near, same in SoftplusSum.tiles(owner, v.device):
             logits = v[mine] @ t.T                                          # [R, N]
-            costs, grad = F.softplus(logits), logits.sigmoid()
-            own = owner[mine]
-            near = slice(*torch.searchsorted(owner, own[[0, -1]] + torch.tensor([0, 1])))  # columns of the tile's images
-            same = (own[:, None] == owner[near]).to(v.device, non_blocking=True)
-            costs[:, near] = torch.where(same, beta * F.softplus(-logits[:, near]), costs[:, near])
-            grad[:, near] = torch.where(same, -beta * (-logits[:, near]).sigmoid(), grad[:, near])
+            costs = F.softplus(logits)
+            costs[:, near] = torch.where(same, beta * (costs[:, near] - logits[:, near]), costs[:, near])
             total += costs.sum()
-            grad_v[mine] = grad @ t
-            grad_t.addmm_(grad.T, v[mine])
-        ctx.save_for_backward(grad_v, grad_t)
         return total
 
     @staticmethod
-    def backward(ctx, grad):
-        grad_v, grad_t = ctx.saved_tensors
-        return grad * grad_v, grad * grad_t, None, None
+    def backward(ctx, grad_total):
+        v, t = ctx.saved_tensors
+        grad_v, grad_t = torch.empty_like(v), torch.zeros_like(t)
+        for mine, near, same in SoftplusSum.tiles(ctx.owner, v.device):
+            grad = (v[mine] @ t.T).sigmoid_()                               # [R, N]
+            grad[:, near] = torch.where(same, ctx.beta * (grad[:, near] - 1), grad[:, near])
+            grad_v[mine] = grad @ t
+            grad_t.addmm_(grad.T, v[mine])
+        return grad_v.mul_(grad_total), grad_t.mul_(grad_total), None, None
+
+    @staticmethod
+    def tiles(owner, device):
+        """Rows of each tile, the columns of the images that they belong to, and which of these pairs are of one image."""
+        there = owner.to(device, non_blocking=True)
+        for at in range(0, len(owner), TILE):
+            mine = slice(at, at + TILE)
+            near = slice(*torch.searchsorted(owner, owner[mine][[0, -1]] + torch.tensor([0, 1])).tolist())
+            yield mine, near, there[mine, None] == there[near]

@@ -343,4 +343,6 @@ def load_tokenizer(source):
     if len(tokenizer) < 512:  # the bytes alone are so many; transformers makes an empty one where it finds no files
         raise OSError("no tokenizer in it" if name == source else
                       f"its tokenizer, {OPENAI}'s, cannot be fetched: save that tokenizer's files in {beside}")
+    tokenizer.backend_tokenizer.no_truncation()  # which may have been saved with it
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer

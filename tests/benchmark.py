@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from PIL import Image
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel
 
@@ -140,6 +141,7 @@ def text(device, repeats):
 
 def dense(visual, text, owner, scale, beta, kind):
     """β-CAL with its targets written out."""
+    owner = owner.to(visual.device)
     same = owner[:, None] == owner                                                                         # [N, N]
     weight = torch.where(same, beta, 0.0).fill_diagonal_(1)
     logits = scale * loss.unit(visual) @ loss.unit(text).T
@@ -154,7 +156,7 @@ def cal(device, kind, function, images=256, k=36):
     """A forward and backward pass of β-CAL, ready to be called."""
     torch.manual_seed(0)
     visual, text = torch.randn(2, images * k, DIM, device=device).unbind()
-    scale, owner = torch.tensor(14.3, device=device), torch.arange(images, device=device).repeat_interleave(k)
+    scale, owner = torch.tensor(14.3, device=device), torch.arange(images).repeat_interleave(k)
     leaves = [x.requires_grad_() for x in (visual, text, scale)]
     return lambda: torch.autograd.grad(function(*leaves[:2], owner, scale, 0.5, kind), leaves)
 
@@ -296,19 +298,14 @@ def regions(device, repeats):
 
 # ----------------------------------------------------------------------------- training steps
 
-def with_option(model, option):
-    """The model as train.py makes it with that flag; None where there is no such flag."""
-    if option == "--grad-checkpointing":
-        return model.gradient_checkpointing(True) or model if hasattr(model, "gradient_checkpointing") else None
-    return torch.compile(model) if option == "--compile" else model
-
-
 def training(device, name, images, k, option, rate, steps=10):
     """train.py's step: images/s, TFLOP/s (recomputation counts), its share of the matmul rate, all memory at its peak."""
     model = build(name, device).train()
-    net = with_option(model, option)
-    if net is None:
-        return
+    for layer in model.layers:  # as train.py does it
+        if option == "--grad-checkpointing":
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        if option == "--compile":
+            layer.compile()
     optimizer = torch.optim.AdamW(train.parameter_groups(model, 0.01), lr=1e-5, betas=(0.9, 0.98), fused=True)
     batches = []
     for seed in range(3):
@@ -320,7 +317,7 @@ def training(device, name, images, k, option, rate, steps=10):
     def step(number):
         pixels, texts, owner = batches[number % 3]
         with torch.autocast(device, torch.bfloat16):
-            cls, text, pooled = net(pixels.to(device, non_blocking=True), texts, owner)
+            cls, text, pooled = model(pixels.to(device, non_blocking=True), texts, owner)
         captions = text[torch.searchsorted(owner, torch.arange(images)).to(device, non_blocking=True)]
         l_clip = loss.clip_loss(cls, captions, model.clip.logit_scale.exp())
         (l_clip + loss.beta_cal(pooled, text, owner, model.pooler.logit_scale.exp(), 0.5)).backward()
