@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 from tokenizers import pre_tokenizers
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import InterpolationMode, center_crop, resize
+from tqdm import tqdm
 from transformers import CLIPTokenizer
 
 CONTEXT = 248        # tokens of a text, at most
@@ -35,8 +36,13 @@ SHAREGPT4V = "share-captioner_coco_lcs_sam_1246k_1107.json"
 
 def fail(message):
     """End the program with one line on stderr and exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    tqdm.write(" ".join([f"{Path(sys.argv[0]).name}:", *str(message).splitlines()]), file=sys.stderr)  # not into a bar's line
     raise SystemExit(2)
+
+
+def reason(error):
+    """What an exception says, 300 characters at most, with its kind where what it says may be no sentence."""
+    return ("" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: ") + str(error)[:300]
 
 
 # ---------------------------------------------------------------------------------------------- scenes
@@ -276,8 +282,11 @@ def parser():
 def rows(path):
     """The rows (dicts) of a JSON list or of JSON lines, one by one, as (where, row); no file is ever whole in memory.
 
-    `where` names file and row, counted from 1. A broken file ends the program with one line.
+    `where` names file and row, counted from 1. A broken file ends the program with one line. Of a key that is there
+    twice the last counts; half a surrogate pair, which is no text, becomes "?".
     """
+    if not os.path.isfile(path):
+        fail(f"{path}: there is no such file")
     decoder, between, number, more = json.JSONDecoder(), re.compile(r"[\s,]*"), 0, True
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -290,16 +299,19 @@ def rows(path):
                 if listed and buffer[at:at + 1] == "]" or not (listed or buffer[at:] or more):
                     break
                 try:
-                    row, at = decoder.raw_decode(buffer, at)
-                except json.JSONDecodeError as error:
+                    row, end = decoder.raw_decode(buffer, at)
+                except (ValueError, RecursionError) as error:  # ValueError: of numbers with thousands of digits, too
                     if not more:
-                        fail(f"{path}, row {number + 1}: broken JSON, or cut off ({error.msg})")
+                        fail(f"{path}, row {number + 1}: broken JSON, cut off, or too deep ({error})")
                     more = file.read(max(1 << 20, len(buffer)))
                     buffer, at = buffer[at:] + more, 0
                     continue
                 number += 1
                 if not isinstance(row, dict):
                     fail(f"{path}, row {number}: must be an object, is {str(row)[:40]!r}")
+                if "\\ud" in buffer[at:end].lower():
+                    row = json.loads(json.dumps(row, ensure_ascii=False).encode(errors="replace"))
+                at = end
                 yield f"{path}, row {number}", row
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{path}: {error}")
@@ -315,10 +327,19 @@ def field(row, name, where, kind=str):
     return value
 
 
+def objects(row, name, where):
+    """The objects (dicts) in the list row[name], one by one, as (where, object)."""
+    for number, one in enumerate(field(row, name, where, list), start=1):
+        place = f"{where}, {name.removesuffix('s')} {number}"
+        if not isinstance(one, dict):
+            fail(f"{place}: must be an object, is {str(one)[:40]!r}")
+        yield place, one
+
+
 def inside(root, name, where):
     """root / name, which must not climb out of root."""
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        fail(f"{where}: image {name!r} leads out of the root")
+        fail(f"{where}: {name!r} leads out of the root")
     return Path(root) / name
 
 
@@ -328,12 +349,12 @@ def annotations(path, held_out=False):
     ShareGPT4V's first HELD_OUT rows are the test set: these alone with `held_out`, all others without.
     """
     for number, (where, row) in enumerate(rows(path)):
-        if talk := row.get("conversations"):
+        if "conversations" in row:
             if (number < HELD_OUT) != held_out:
                 if held_out:
                     return
                 continue
-            row = row | {"caption": next((turn["value"] for turn in talk if turn.get("from") == "gpt"), None)}
+            row["caption"] = next((turn.get("value") for _, turn in objects(row, "conversations", where) if turn.get("from") == "gpt"), None)
         image, caption, phrases = field(row, "image", where), row.get("caption"), row.get("phrases")
         if not isinstance(caption, str):
             fail(f"{where}: 'caption' must be a text, is {str(caption)[:40]!r}")
@@ -376,24 +397,29 @@ def prepare(path, with_phrases):
     code = [inspect.getsource(part) for part in (annotations, split_captions, clean, split_sentences, phrase_matchers, extract_phrases)]
     made_of = [str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns, with_phrases, code, PLACE_NOUNS, PLACE_HEADS]
     folder = cache / f"beta_clip_{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}"
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():
-            if next(annotations(path), None) is None:
-                fail(f"{path}: no row to train on (ShareGPT4V's first {HELD_OUT} are the test set)")
-            print(f"reading {path}", flush=True)
-            datasets.disable_progress_bars()  # a complaint of a row stands in a line of its own
-            raw = datasets.Dataset.from_generator(annotations, gen_kwargs={"path": str(path)}, fingerprint=folder.name,
-                                                  features=datasets.Features(image=text, caption=text, phrases=[text]))
-            if with_phrases and raw[0]["phrases"] is None:
-                parser()  # complain of what is not installed here, not in a worker
-            datasets.enable_progress_bars()
-            processes = min(len(os.sched_getaffinity(0)), len(raw) // 1000)
-            made = raw.map(split_captions, batched=True, remove_columns=["caption"], fn_kwargs={"with_phrases": with_phrases},
-                           features=datasets.Features(image=text, sentences=[text], phrases=[[[text]]]),
-                           num_proc=processes if processes > 1 else None, desc="captions to queries")
-            made.save_to_disk(f"{folder}.tmp")
-            os.rename(f"{folder}.tmp", folder)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                if next(annotations(path), None) is None:
+                    fail(f"{path}: no row to train on (ShareGPT4V's first {HELD_OUT} are the test set)")
+                print(f"reading {path}", flush=True)
+                datasets.disable_progress_bars()  # a complaint of a row stands in a line of its own
+                raw = datasets.Dataset.from_generator(annotations, gen_kwargs={"path": str(path)}, fingerprint=folder.name,
+                                                      features=datasets.Features(image=text, caption=text, phrases=[text]))
+                if with_phrases and raw[0]["phrases"] is None:
+                    parser()  # complain of what is not installed here, not in a worker
+                datasets.enable_progress_bars()
+                processes = min(len(os.sched_getaffinity(0)), len(raw) // 1000)
+                made = raw.map(split_captions, batched=True, remove_columns=["caption"], fn_kwargs={"with_phrases": with_phrases},
+                               features=datasets.Features(image=text, sentences=[text], phrases=[[[text]]]),
+                               num_proc=processes if processes > 1 else None, desc="captions to queries")
+                if not len(made):
+                    fail(f"{path}: every caption in it is empty")
+                made.save_to_disk(f"{folder}.tmp")
+                os.rename(f"{folder}.tmp", folder)
+    except (OSError, datasets.exceptions.DatasetGenerationError) as error:
+        fail(f"the cache of captions, {cache} (set by HF_DATASETS_CACHE), cannot be written: {error.__cause__ or error}")
     return datasets.load_from_disk(folder)
 
 
@@ -435,7 +461,7 @@ MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)  # CLIP's
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
 
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises of a broken image
+UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)  # what PIL raises of a broken image
 
 
 def rgb(image):
@@ -488,10 +514,17 @@ def queries(sentences, phrases, want):
     return caption + (sentences if want.sentences else []), phrases[:want.phrases]
 
 
+def token_ids(tokenizer, texts, limits=itertools.repeat(CONTEXT)):
+    """Texts -> lists of token ids, BOS … EOS. One longer than its limit is cut so that EOS stays its last token."""
+    texts = [text.translate(QUOTES) for text in texts]
+    unique = list(dict.fromkeys(texts))
+    ids = dict(zip(unique, (one.ids for one in tokenizer.backend_tokenizer.encode_batch_fast(unique))))
+    return [ids[text] if len(ids[text]) <= limit else ids[text][: limit - 1] + ids[text][-1:] for text, limit in zip(texts, limits)]
+
+
 def tokenize(tokenizer, texts, limits=itertools.repeat(CONTEXT)):
-    """Texts -> list of 1-D LongTensors, BOS … EOS. One longer than its limit is cut so that EOS stays its last token."""
-    ids = [one.ids for one in tokenizer.backend_tokenizer.encode_batch_fast([text.translate(QUOTES) for text in texts])]
-    return [torch.tensor(x if len(x) <= limit else x[: limit - 1] + x[-1:]) for x, limit in zip(ids, limits)]
+    """Texts -> list of 1-D LongTensors, as of `token_ids`."""
+    return [torch.tensor(ids) for ids in token_ids(tokenizer, texts, limits)]
 
 
 def collate(samples, tokenizer):
@@ -504,9 +537,10 @@ def collate(samples, tokenizer):
     pixels, texts, phrases, unreadable = zip(*samples)
     counts = [(len(t), len(p)) for t, p in zip(texts, phrases)]
     limits = [limit for t, p in counts for limit in [CONTEXT] * t + [PHRASE_TOKENS] * p]
-    tokens = tokenize(tokenizer, [text for both in zip(texts, phrases) for part in both for text in part], limits)
+    ids = token_ids(tokenizer, [text for both in zip(texts, phrases) for part in both for text in part], limits)
     owner = torch.arange(len(counts)).repeat_interleave(torch.tensor([t + p for t, p in counts]))
-    return torch.stack(pixels), torch.cat(tokens), torch.tensor([len(text) for text in tokens]), owner, sum(unreadable, [])
+    tokens = torch.tensor(list(itertools.chain.from_iterable(ids)))
+    return torch.stack(pixels), tokens, torch.tensor([len(text) for text in ids]), owner, sum(unreadable, [])
 
 
 class Batches:

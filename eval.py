@@ -10,6 +10,7 @@
 """
 
 import argparse
+import contextlib
 import inspect
 import json
 import os
@@ -113,7 +114,10 @@ def encode_images(model, load, items, whole=False):
         for number, part in enumerate(tqdm(parts, desc="images", disable=len(parts) < 8 or mine.start > 0)):
             jobs = ahead.pop()
             ahead += [[pool.submit(read, items[i]) for i in part] for part in parts[number + 1:number + 2]]
-            sizes, pixels = zip(*(job.result() for job in jobs))
+            try:
+                sizes, pixels = zip(*(job.result() for job in jobs))
+            except data.UNREADABLE as error:
+                data.fail(error)
             yield part, torch.tensor(sizes, device=model.device), *model.encode_image(torch.stack(pixels).to(model.device))
 
 
@@ -152,7 +156,12 @@ def fine_grained(model, tokenizer, load, items, splits):
     for at, sizes, _, patches in encode_images(model, load, items, whole=True):
         rows = [number for i in at for number in of[i]]
         image = torch.tensor([k for k, i in enumerate(at) for _ in of[i]], device=model.device)
-        regions[rows] = box_embeddings(patches, boxes[rows] / sizes[image].repeat(1, 2), image)
+        parts = boxes[rows] / sizes[image].repeat(1, 2)
+        first, last = parts[:, :2], parts[:, :2] + parts[:, 2:]
+        # RoIAlign would make zeros of a box outside, which tie, and so hit; and work for ages on a huge one
+        for row in (~((first.clamp(min=0) < last.clamp(max=1)) & (first >= -1) & (last <= 2)).all(1)).nonzero()[:1, 0].tolist():
+            data.fail(f"{items[at[image[row]]]}: the box {every[rows[row]][1]} lies outside of the image, or reaches far out of it")
+        regions[rows] = box_embeddings(patches, parts, image)
     regions = joined(regions)                                                                  # [R, D]
     place = {}
     which = [torch.tensor([place.setdefault(text, len(place)) for text in row[2]]) for row in every]
@@ -201,17 +210,18 @@ def picture(root, folders, name, where):
     """The path of image `name`, in the first of `folders` under root that has it."""
     paths = [data.inside(Path(root) / folder, name, where) for folder in folders]
     for path in paths:
-        if path.is_file():
+        if os.path.isfile(path):
             return path
     raise Missing(f"{where}: there is no image {paths[0]}")
 
 
 def open_image(path):
+    """The image as RGB. OSError, which names it, where it is unreadable."""
     try:
         with Image.open(path) as image:
             return data.rgb(image)
     except data.UNREADABLE as error:
-        data.fail(f"{path}: unreadable image ({error})")
+        raise OSError(f"{path}: unreadable image ({error})") from error
 
 
 def scenes(model, tokenizer, score):
@@ -268,9 +278,13 @@ def sv1k(root):
 def dci(root, caption):
     home = find(root, "densely_captioned_images")
     splits = home / "splits.json"
-    names = sum(next(data.rows(splits))[1].values(), []) if splits.is_file() else [path.name for path in (home / "annotations").glob("*.json")]
+    names = [path.name for path in (home / "annotations").glob("*.json")]
+    if splits.is_file():
+        where, row = next(data.rows(splits))
+        names = [name if isinstance(name, str) else data.fail(f"{where}: {name!r} is no file's name")
+                 for split in row for name in data.field(row, split, where, list)]
     for name in sorted(names):
-        where, row = next(data.rows(home / "annotations" / (name if name.endswith(".json") else f"{name}.json")))
+        where, row = next(data.rows(data.inside(home / "annotations", name.removesuffix(".json") + ".json", splits)))
         text = data.field(row, "extra_caption", where)
         if caption == "short+extra":
             text = data.field(row, "short_caption", where) + "\n" + text
@@ -279,13 +293,12 @@ def dci(root, caption):
 
 def coco(root):
     path = find(root, "captions_val2017.json", "annotations/captions_val2017.json", "coco/annotations/captions_val2017.json")
-    where, whole = next(data.rows(path))
+    _, whole = next(data.rows(path))
     captions = {}
-    for number, row in enumerate(data.field(whole, "annotations", where, list), start=1):
-        captions.setdefault(row.get("image_id"), []).append(data.field(row, "caption", f"{path}, annotation {number}"))
-    for number, row in enumerate(data.field(whole, "images", where, list), start=1):
-        where = f"{path}, image {number}"
-        yield where, picture(root, ["val2017", "coco/val2017"], data.field(row, "file_name", where), where), captions.get(row.get("id"), [])
+    for where, row in data.objects(whole, "annotations", path):
+        captions.setdefault(data.field(row, "image_id", where, int), []).append(data.field(row, "caption", where))
+    for where, row in data.objects(whole, "images", path):
+        yield where, picture(root, ["val2017", "coco/val2017"], data.field(row, "file_name", where), where), captions.get(data.field(row, "id", where, int))
 
 
 def flickr30k(root):
@@ -294,9 +307,8 @@ def flickr30k(root):
     folders = [f"{at}{name}" for at in ("", "flickr30k/") for name in ("flickr30k-images", "images", "")]
     for where, row in data.rows(path):
         if "images" in row:  # Karpathy's file is one object
-            test = [one for one in data.field(row, "images", where, list) if one.get("split") == "test"]
-            parts = [(f"{path}, test image {number}", data.field(one, "filename", where), [text["raw"] for text in data.field(one, "sentences", where, list)])
-                     for number, one in enumerate(test, start=1)]
+            parts = [(where, data.field(one, "filename", where), [data.field(text, "raw", place) for place, text in data.objects(one, "sentences", where)])
+                     for where, one in data.objects(row, "images", path) if one.get("split") == "test"]
         else:
             parts = [(where, data.field(row, "image", where), data.field(row, "caption", where, list))]
         for where, name, captions in parts:
@@ -332,18 +344,18 @@ def fgovd(root):
         splits[level] = []
         for where, row in data.rows(file):
             if "annotations" in row:  # the original file is one object, in COCO's style
-                images = {image["id"]: image["file_name"] for image in data.field(row, "images", where, list)}
-                parts = [(f"{file}, annotation {number}", one | {"img_path": images.get(one.get("image_id"))})
-                         for number, one in enumerate(data.field(row, "annotations", where, list), start=1)]
+                images = {data.field(image, "id", where, int): image.get("file_name") for where, image in data.objects(row, "images", file)}
+                parts = [(where, one | {"img_path": images.get(data.field(one, "image_id", where, int))})
+                         for where, one in data.objects(row, "annotations", file)]
             else:
                 parts = [(where, row)]
             for where, one in parts:
                 path = picture(root, ["", "coco", "val2017", "coco/val2017"], data.field(one, "img_path", where), where)
                 positive, negative = ([x] if isinstance(x, str) else x for x in (one.get("pos_expression"), one.get("neg_expression")))
-                if not positive or not negative or not all(isinstance(text, str) and text.strip() for text in positive + negative):
+                if not all(isinstance(texts, list) and texts and all(isinstance(text, str) and text.strip() for text in texts) for texts in (positive, negative)):
                     data.fail(f"{where}: needs a pos_expression and at least one neg_expression, all texts")
                 box = data.field(one, "bbox", where, list)
-                if len(box) != 4 or not all(isinstance(x, (int, float)) for x in box) or min(box[2:]) <= 0:
+                if len(box) != 4 or not all(isinstance(x, (int, float)) and abs(x) < 1e9 for x in box) or min(box[2:]) <= 0:
                     data.fail(f"{where}: bbox must be x, y, w, h in pixels, is {box}")
                 splits[level].append((place.setdefault(path, len(place)), box, positive[:1] + negative))
     return list(place), splits
@@ -354,19 +366,21 @@ def torchvision_set(name, root, download):
     kind = TORCHVISION[name]
     options = inspect.signature(kind).parameters
     choices = [{"train": False}] if "train" in options else [{"split": part} for part in ("test", "val")] if "split" in options else [{}]
-    choices = [choice | ({"download": True} if download and "download" in options else {}) for choice in choices]
+    if download and "download" in options:  # after a look at what is there, in which nobody needs a lock
+        choices += [choice | {"download": True} for choice in choices]
     home = Path(root) / "imagenet" if name == "imagenet" and (Path(root) / "imagenet").is_dir() else Path(root)
-    home.mkdir(parents=True, exist_ok=True)
-    with FileLock(home / f".{name}.lock"):
-        for choice in choices:
-            try:
+    for choice in choices:
+        try:
+            if "download" in choice:
+                home.mkdir(parents=True, exist_ok=True)
+            with FileLock(home / f".{name}.lock") if "download" in choice else contextlib.nullcontext():
                 dataset = kind(home, **choice)
-            except (RuntimeError, OSError, ValueError, TypeError, ImportError) as error:  # ValueError: no such split
-                reason = str(error).splitlines()[0]
-                continue
-            if not (getattr(dataset, "classes", None) or getattr(dataset, "categories", None)):
-                data.fail(f"--bench {name}: torchvision knows no class names of it")
-            return dataset
+        except (RuntimeError, OSError, ValueError, TypeError, ImportError) as error:  # ValueError: no such split
+            reason = str(error)
+            continue
+        if not (getattr(dataset, "classes", None) or getattr(dataset, "categories", None)):
+            data.fail(f"--bench {name}: torchvision knows no class names of it")
+        return dataset
     raise Missing(reason)
 
 
@@ -420,7 +434,7 @@ def heatmap(model, tokenizer, image, queries):
     _, patches = model.encode_image(data.to_pixels(image, model.image_size, whole=True)[None].to(model.device))
     heat = embed_texts(model, tokenizer, queries) @ F.normalize(patches[0], dim=-1).T        # [Q, P]
     side = int(heat.shape[1] ** 0.5)
-    size = (TILE, max(1, round(TILE * image.height / image.width)))
+    size = (TILE, min(max(1, round(TILE * image.height / image.width)), 4 * TILE))
     base, font, gap = image.resize(size, Image.Resampling.BICUBIC), ImageFont.load_default(17), 12
     tiles = [(base, ["image"])]
     for query, row in zip(queries, heat.unflatten(1, (side, side)).cpu().numpy()):
@@ -467,27 +481,33 @@ def main(argv=None):
     for name in benches:
         if name not in BENCHES and name not in TORCHVISION:
             data.fail(f"--bench {name}: neither of {', '.join(BENCHES)}, all, nor a torchvision data set")
-    for flag, path in (("--json", args.json), ("--out", args.out)):
-        if path and not Path(path).absolute().parent.is_dir():
-            data.fail(f"{flag} {path}: there is no such folder")
-    if args.heatmap and len(args.heatmap) < 2:
-        data.fail("--heatmap: needs an image and at least one query")
+    for flag, path in (("--json", args.json), ("--out", args.heatmap and args.out)):
+        folder = path and Path(path).absolute().parent
+        if path and (not folder.is_dir() or Path(path).is_dir() or not os.access(path if os.path.exists(path) else folder, os.W_OK)):
+            data.fail(f"{flag} {path}: no file can be written there")
+    if args.heatmap and (len(args.heatmap) < 2 or not all(map(str.strip, args.heatmap))):
+        data.fail("--heatmap: needs an image and at least one query, none of them empty")
+    if Path(args.root).exists() and not Path(args.root).is_dir():
+        data.fail(f"--root {args.root}: is no folder")
 
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    source = args.ckpt or latest_run()
+    source = latest_run() if args.ckpt is None else args.ckpt
     try:
-        model, tokenizer = models.load(source), models.load_tokenizer(source)
-    except (OSError, ValueError) as error:
-        data.fail(f"--ckpt {source}: {str(error).splitlines()[0]}")
+        model = models.load(source)
+        tokenizer = models.load_tokenizer(source, model)
+    except Exception as error:  # torch's, transformers' and safetensors' have no ancestor in common
+        data.fail(f"--ckpt {source}: {data.reason(error)}")
     if model.stretched and args.score == "pooled":
         data.fail(f"--score pooled: {source} has no trained pooler")
-    if len(tokenizer) > model.clip.config.text_config.vocab_size:
-        data.fail(f"--ckpt {source}: its tokenizer has {len(tokenizer)} tokens, the model {model.clip.config.text_config.vocab_size}: they do not belong together")
     model = model.to(device).eval()
     if args.heatmap:
-        heatmap(model, tokenizer, open_image(args.heatmap[0]), args.heatmap[1:]).save(args.out)
+        try:
+            image, *queries = args.heatmap
+            heatmap(model, tokenizer, open_image(image), [query.encode(errors="replace").decode() for query in queries]).save(args.out)
+        except (OSError, ValueError) as error:  # ValueError: PIL does not know what to write by the file's name
+            data.fail(f"--heatmap {image} --out {args.out}: {error}")
         print(args.out)
         return
     first = not dist.is_initialized() or dist.get_rank() == 0
@@ -502,10 +522,15 @@ def main(argv=None):
                 data.fail(f"--bench {name}: {reason}")
             missing.append(f"not there: {name} ({reason})")
             continue
+        except OSError as error:
+            data.fail(f"--bench {name}: {error}")
         if first:
             print(table({name: results[name]}), flush=True)
-            if args.json:
-                Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
+            try:
+                if args.json:
+                    Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
+            except OSError as error:
+                data.fail(f"--json {args.json}: {error}")
     if first and missing:
         print("\n".join(missing))
 

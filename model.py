@@ -18,6 +18,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers.utils import logging
+
+logging.disable_progress_bar()
+logging.set_verbosity_error()  # its report of weights that are missing is a page long; here they end the program
 
 KEPT = 20            # text positions that stay as they are, and frozen
 OPENAI = "openai/clip-vit-base-patch16"  # all of OpenAI's CLIPs have its tokenizer
@@ -218,7 +222,10 @@ def pretrained(name):
     """A Hugging Face CLIP, hub name or folder, with stretched positions and a fresh pooler. OSError where there is none."""
     if not Path(name).is_dir() and name.count("/") != 1:
         raise OSError("neither a folder nor a hub name (OWNER/NAME)")  # at once, where the hub would be asked for minutes
-    return BetaCLIP(CLIPModel.from_pretrained(name, dtype=torch.float32))
+    clip, report = CLIPModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{len(missing)} of its weights are missing, the first is {missing[0]}: no CLIP, or not all of one")
+    return BetaCLIP(clip)
 
 
 AUTHORS = (  # parts of their names (SPEC §8), and of Hugging Face's
@@ -277,10 +284,13 @@ def from_authors(theirs, heads=None):
 
 
 def read(path):
-    """A torch file -> what it holds; tensors and plain values only: nothing pickled is executed. ValueError for any other file."""
+    """A torch file -> the dict that it holds; tensors and plain values only: nothing pickled is executed. ValueError for any other file."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the authors' checkpoints hold one
-            return torch.load(path, map_location="cpu", weights_only=True)
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(saved, dict) or not saved:
+            raise TypeError("no dict, or an empty one")
+        return saved
     except OSError:
         raise
     except Exception as error:
@@ -306,10 +316,10 @@ def load(source, heads=None):
             model.pooler.load_state_dict(load_file(path / "pooler.safetensors"))
         return model.eval()
     saved = read(newest(path) if path.is_dir() else path)
-    if isinstance(saved, dict) and "config" in saved:
+    if "config" in saved:
         model = BetaCLIP(CLIPModel(CLIPConfig(**json.loads(saved["config"]))))
         model.load_state_dict(saved["model"])
-    elif isinstance(saved, dict) and any(name.endswith("positional_embedding_res") for name in saved.get("state_dict", ())):
+    elif any(name.endswith("positional_embedding_res") for name in saved.get("state_dict", ())):
         model = from_authors(saved["state_dict"], heads)
     else:
         raise ValueError(f"{path}: neither a checkpoint of train.py nor one of the authors'")
@@ -330,8 +340,10 @@ def export(model, tokenizer, folder):
     save_file(model.pooler.state_dict(), Path(folder) / "pooler.safetensors")
 
 
-def load_tokenizer(source):
+def load_tokenizer(source, model=None):
     """The tokenizer that belongs to the model that `load` makes of the same source. OSError where there is none.
+
+    ValueError where it has more tokens than `model`.
 
     An authors' .pt comes without one: it is OpenAI's, read from the folder of the .pt, or else from the hub.
     """
@@ -345,4 +357,6 @@ def load_tokenizer(source):
                       f"its tokenizer, {OPENAI}'s, cannot be fetched: save that tokenizer's files in {beside}")
     tokenizer.backend_tokenizer.no_truncation()  # which may have been saved with it
     tokenizer.backend_tokenizer.no_padding()
+    if model and len(tokenizer) > (size := model.clip.config.text_config.vocab_size):
+        raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, the model {size}: they do not belong together")
     return tokenizer

@@ -207,9 +207,9 @@ def main(argv=None):
             model = models.tiny(tokenizer)
         else:
             model = models.pretrained(args.model)
-            tokenizer = models.load_tokenizer(args.model)
-    except OSError as error:
-        data.fail(f"--model {args.model}: {str(error).splitlines()[0]}")
+            tokenizer = models.load_tokenizer(args.model, model)
+    except Exception as error:  # torch's, transformers' and safetensors' have no ancestor in common
+        data.fail(f"--model {args.model}: {data.reason(error)}")
     model = model.to(device, memory_format=torch.channels_last)
     wanted = dict(sentences=args.sentences, phrases=args.phrases, seed=args.seed, captions_only=args.cal == "none")
     if args.data == "scenes":
@@ -240,8 +240,8 @@ def main(argv=None):
         try:
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            data.fail(f"--out {out} holds a run of another model than --model {args.model} is now: {str(error).splitlines()[0]}")
+        except Exception as error:
+            data.fail(f"--out {out} holds a run of another model than --model {args.model} is now, or a broken one: {data.reason(error)}")
         scaler.load_state_dict(saved["scaler"])
         if start["world"] == world:
             torch.set_rng_state(saved["rng"][rank][0])
