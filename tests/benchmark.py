@@ -1,7 +1,7 @@
 """What is fast here, as ratios against plain baselines that stand in this file. Run by hand; pytest does not collect it.
 
-    python tests/benchmark.py                        # CPU: texts, β-CAL, loader, evaluation
-    python tests/benchmark.py --device cuda          # the same on a GPU, then training steps of ViT-B/16 and ViT-L/14
+    python tests/benchmark.py                        # CPU: texts, β-CAL, loader, evaluation, steps of a small model
+    python tests/benchmark.py --device cuda          # the same on a GPU, with training steps of ViT-B/16 and ViT-L/14
     python tests/benchmark.py --only text loss       # some parts alone
 
 Both sides of a line are measured in turn (A B A B …) in one run, the median of several is shown. Texts are random tokens
@@ -66,6 +66,11 @@ def in_turn(device, repeats, *functions):
     return [statistics.median(mine[1:]) for mine in seconds]
 
 
+def resident(kind):
+    """GiB of this process's memory, VmRSS now or VmHWM at its peak (Linux)."""
+    return int(re.search(rf"{kind}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
+
+
 def peak(device, function):
     """GiB that `function` needs above what was in use before it. On a CPU (Linux) only right in a fresh process."""
     if device == "cuda":
@@ -73,7 +78,6 @@ def peak(device, function):
         before = torch.cuda.memory_allocated()
         function()
         return (torch.cuda.max_memory_allocated() - before) / 2**30
-    resident = lambda kind: int(re.search(rf"{kind}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
     before = resident("VmRSS")
     function()
     return resident("VmHWM") - before
@@ -298,56 +302,56 @@ def regions(device, repeats):
 
 # ----------------------------------------------------------------------------- training steps
 
-def training(device, name, images, k, option, rate, steps=10):
-    """train.py's step: images/s, TFLOP/s (recomputation counts), its share of the matmul rate, all memory at its peak."""
-    model = build(name, device).train()
-    for layer in model.layers:  # as train.py does it
-        if option == "--grad-checkpointing":
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-        if option == "--compile":
-            layer.compile()
+def training(device, name, images, k, option, rate, steps):
+    """A line for train.py's step: images/s; TFLOP/s of what the plain step needs, also as a share of the matmul rate;
+    memory at its peak (on a CPU the whole process's)."""
+    torch.set_float32_matmul_precision("high")
+    cuda, model = device == "cuda", build(name, device).train()
     optimizer = torch.optim.AdamW(train.parameter_groups(model, 0.01), lr=1e-5, betas=(0.9, 0.98), fused=True)
-    batches = []
-    for seed in range(3):
-        texts = [sum(levels, []) for levels in queries(random.Random(seed), images, k - 1 - SENTENCES)]
-        owner = torch.arange(images).repeat_interleave(torch.tensor([len(image) for image in texts]))
-        pixels = torch.randn(images, 3, model.image_size, model.image_size)
-        batches.append((pixels.pin_memory() if device == "cuda" else pixels, sum(texts, []), owner))
 
-    def step(number):
-        pixels, texts, owner = batches[number % 3]
-        with torch.autocast(device, torch.bfloat16):
+    def batch(seed, images):
+        texts = [sum(levels, []) for levels in queries(random.Random(seed), images, k - 1 - SENTENCES)]
+        pixels = torch.randn(images, 3, model.image_size, model.image_size)
+        return pixels.pin_memory() if cuda else pixels, sum(texts, []), torch.arange(images).repeat_interleave(torch.tensor(list(map(len, texts))))
+
+    def step(pixels, texts, owner):
+        with torch.autocast(device, torch.bfloat16, enabled=cuda):
             cls, text, pooled = model(pixels.to(device, non_blocking=True), texts, owner)
-        captions = text[torch.searchsorted(owner, torch.arange(images)).to(device, non_blocking=True)]
+        captions = text[torch.searchsorted(owner, torch.arange(len(pixels))).to(device, non_blocking=True)]
         l_clip = loss.clip_loss(cls, captions, model.clip.logit_scale.exp())
         (l_clip + loss.beta_cal(pooled, text, owner, model.pooler.logit_scale.exp(), 0.5)).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    what = f"{name}, {images} images, K = {k} {option}"
+    with FlopCounterMode(display=False) as counter:  # β-CAL's part, which grows with the square, is small
+        step(*batch(0, 8))
+    for layer in model.layers:  # as train.py does it
+        if option == "--grad-checkpointing":
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        if option == "--compile":
+            layer.compile()
+    batches, what = [batch(seed, images) for seed in range(3)], f"{name}, {images} images, K = {k} {option}"
     try:
-        with FlopCounterMode(display=False) as counter:
-            step(0)
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        seconds = in_turn(device, 3, lambda: [step(number) for number in range(steps)])[0] / steps
+        seconds = in_turn(device, 3, lambda: [step(*batches[number % 3]) for number in range(steps)])[0] / steps
     except torch.OutOfMemoryError:
-        return line(what, "out of memory")
-    memory = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0
-    done = counter.get_total_flops() / seconds
-    print(f"{what:<52}{images / seconds:>10.0f}{done / 1e12:>11.1f}{done / rate:>10.0%}{memory:>9.1f}", flush=True)
+        return print(f"{what:<52} out of memory", flush=True)
+    done = counter.get_total_flops() / 8 * images / seconds
+    memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else resident("VmHWM")
+    print(f"{what:<52}{images / seconds:>10.1f}{done / 1e12:>11.2f}{done / rate:>10.0%}{memory:>9.2f}", flush=True)
 
 
-def trainings(device, repeats, names=("ViT-B/16", "ViT-L/14"), sizes=(64, 256, 512), matrix=8192):
+def trainings(device, repeats):
     """How training grows with the images of a batch, with K, and with train.py's options. The goal: 35 % at B/16, 64, 36."""
-    torch.set_float32_matmul_precision("high")
-    a, b = torch.randn(2, matrix, matrix, device=device, dtype=torch.bfloat16)
+    cuda = device == "cuda"
+    matrix, kind = (8192, torch.bfloat16) if cuda else (2048, torch.float32)
+    a, b = torch.randn(2, matrix, matrix, device=device, dtype=kind)
     rate = 20 * matrix**3 / in_turn(device, repeats, lambda: [a @ b for _ in range(10)])[0]
-    print(f"\nbf16 matmul of {matrix}: {rate / 1e12:.1f} TFLOP/s\n{'training step':<52}{'images/s':>10}{'TFLOP/s':>11}{'of matmul':>10}{'GiB':>9}")
-    for name in names:
+    print(f"\n{kind} matmul of {matrix}: {rate / 1e12:.2f} TFLOP/s\n{'training step':<52}{'images/s':>10}{'TFLOP/s':>11}{'of matmul':>10}{'GiB':>9}")
+    for name, sizes in {"ViT-B/16": (64, 256, 512), "ViT-L/14": (64, 256, 512)}.items() if cuda else {"small": (16,)}.items():
         for k, option in ((36, ""), (6, ""), (36, "--grad-checkpointing"), (36, "--compile")):
-            for images in sizes:
-                training(device, name, images, k, option, rate)
+            for images in sizes:  # in a process of its own: what one leaves behind is not the next one's
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+                    fresh.submit(training, device, name, images, k, option, rate, steps=10 if cuda else 2).result()
 
 
 PARTS = {"text": text, "loss": losses, "loader": loader, "eval": regions, "train": trainings}
@@ -355,7 +359,7 @@ PARTS = {"text": text, "loss": losses, "loader": loader, "eval": regions, "train
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="some parts alone; train needs cuda")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="some parts alone")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=THREADS, help="1 where other jobs run: threads that wait for each other distort")
     args = parser.parse_args()
@@ -363,5 +367,4 @@ if __name__ == "__main__":
     print(f"{torch.cuda.get_device_name() if args.device == 'cuda' else f'CPU, {THREADS} threads'}, torch {torch.__version__}")
     print(f"{'':<66}{'ours':>13}{'plain':>15}{'ratio':>9}  goal")
     for name in args.only:
-        if name != "train" or args.device == "cuda":
-            PARTS[name](args.device, args.repeats)
+        PARTS[name](args.device, args.repeats)

@@ -10,7 +10,10 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""                # nor bit-exact compariso
 import torch
 
 import data
+import eval as evaluation
 import model as models
+
+torch.set_num_threads(1)  # as the processes that tests start; and small models gain nothing from more
 
 
 @pytest.fixture
@@ -27,3 +30,9 @@ def tokenizer():
 def tiny(tokenizer):
     torch.manual_seed(0)
     return models.tiny(tokenizer)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The benchmark of the scenes gives figures at once, where it is not what is tested."""
+    monkeypatch.setattr(evaluation, "scenes", lambda *_: {"hard": 1.0})

@@ -299,6 +299,7 @@ def test_training_on_a_file_of_captions(tmp_path, clip, capsys):
     flags = f"--data {tmp_path / 'a.json'} --root {tmp_path} --model {clip} --batch-size 8 --accum 1 --workers 2 --max-steps 12 --out {tmp_path / 'run'}"
     train.main(flags.split())
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "eval" not in line]
     assert lines[-1]["step"] == 12 and lines[-1]["unreadable"] >= 2
     assert capsys.readouterr().err.count(f"another sample is taken: {tmp_path}/images/7.jpg") == 1  # named once
 

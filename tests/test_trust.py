@@ -18,15 +18,9 @@ import train
 FLAGS = kill.FLAGS.replace("--workers 1", "--workers 0")
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """The benchmark, which is not what is tested, gives figures at once, and each step is logged."""
-    monkeypatch.setattr(evaluation, "scenes", lambda *_: {"hard": 1.0})
+@pytest.fixture(autouse=True)
+def each_step_is_logged(monkeypatch):
     monkeypatch.setattr(train, "LOG_EVERY", 1)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in processes of kill.py, with which some of these runs are compared
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -47,9 +41,8 @@ def equal(one, other):
 def refused(capsys, flags):
     with pytest.raises(SystemExit) as stop:
         train.main(flags.split())
-    error = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
     assert stop.value.code == 2
-    return error
+    return capsys.readouterr().err
 
 
 def breaks_off(monkeypatch, flags, calls):
