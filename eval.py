@@ -424,7 +424,7 @@ HEADER = f"{'bench':<12}{'metric':<10}{'score %':>8}  chance, or the paper's %"
 
 # ------------------------------------------------------------------------------------------- heatmaps
 
-HEAT = np.array([(20, 11, 52), (87, 16, 110), (187, 55, 84), (249, 142, 9), (252, 255, 164)])  # dark to bright
+HEAT = np.array([(255, 235, 120), (255, 170, 40), (230, 40, 20)])  # from pale to hot
 TILE = 320  # pixels
 
 
@@ -436,16 +436,18 @@ def heatmap(model, tokenizer, image, queries):
     side = int(heat.shape[1] ** 0.5)
     size = (TILE, min(max(1, round(TILE * image.height / image.width)), 4 * TILE))
     base, font, gap = image.resize(size, Image.Resampling.BICUBIC), ImageFont.load_default(17), 12
+    grey = 90 + np.asarray(base.convert("L"))[:, :, None] * 0.6  # pale: the colours are the similarity's
     tiles = [(base, ["image"])]
     for query, row in zip(queries, heat.unflatten(1, (side, side)).cpu().numpy()):
         low, high = row.min(), row.max()
         smooth = np.asarray(Image.fromarray((row - low) / max(high - low, 1e-6)).resize(size, Image.Resampling.BICUBIC)).clip(0, 1)
         colours = np.stack([np.interp(smooth, np.linspace(0, 1, len(HEAT)), HEAT[:, c]) for c in range(3)], axis=-1)
+        overlay = Image.fromarray((grey + (colours - grey) * 0.8 * smooth[:, :, None]).astype(np.uint8))
         lines = [""]
         for word in query.split():
             longer = f"{lines[-1]} {word}".strip()
             lines = [*lines[:-1], longer] if font.getlength(longer) <= TILE else [*lines, word]
-        tiles.append((Image.blend(base, Image.fromarray(colours.astype(np.uint8)), 0.6), [*lines, f"{low:.2f} to {high:.2f}"]))
+        tiles.append((overlay, [*lines, f"{low:.2f} to {high:.2f}"]))
     line = 22
     sheet = Image.new("RGB", (len(tiles) * (TILE + gap) + gap, size[1] + 2 * gap + line * max(len(lines) for _, lines in tiles) + gap), "white")
     pen = ImageDraw.Draw(sheet)

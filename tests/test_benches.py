@@ -316,7 +316,6 @@ def test_heatmap_is_bright_where_the_similarity_is(clip, root, tmp_path, capsys)
         patches = F.normalize(model.encode_image(data.to_pixels(image, 64, whole=True)[None])[1][0], dim=-1)
         similarity = patches @ F.normalize(model.encode_text(data.tokenize(tokenizer, ["red circle"]))[0], dim=-1)
     height = round(evaluation.TILE * image.height / image.width)
-    tile = [sheet.crop((left, 12, left + evaluation.TILE, 12 + height)).convert("L") for left in (12, 24 + evaluation.TILE)]
-    lit = torch.tensor([[tile[1].resize((8, 8), Image.Resampling.BOX).getpixel((x, y)) - .4 * tile[0].resize((8, 8), Image.Resampling.BOX).getpixel((x, y))
-                         for x in range(8)] for y in range(8)]).flatten()
+    red, _, blue = sheet.crop((24 + evaluation.TILE, 12, 24 + 2 * evaluation.TILE, 12 + height)).resize((8, 8), Image.Resampling.BOX).split()
+    lit = torch.tensor([[red.getpixel((x, y)) - blue.getpixel((x, y)) for x in range(8)] for y in range(8)]).flatten()  # grey has none
     assert torch.corrcoef(torch.stack([lit, similarity]))[0, 1] > .8
