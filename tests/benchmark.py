@@ -24,6 +24,7 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parent.parent))                     # the scripts are no package
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}  # a loader's process has one core; no download
+os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # a fresh process gives back what it frees: its peak is what is in use
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
