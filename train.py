@@ -141,7 +141,7 @@ def save(path, state, previous=None):
 
 def log_of(path, done):
     """The run's log, open for more; what came after step `done` goes, it is run, and logged, again."""
-    lines = path.read_text().splitlines(keepends=True) if done else []
+    lines = path.read_text().splitlines(keepends=True) if done and path.exists() else []
     whole = [(line, json.loads(line)) for line in lines if line.endswith("}\n")]  # a kill may have torn the last
     with open(path.with_suffix(".tmp"), "w") as file:
         file.writelines(line for line, read in whole if read["step"] < done or read["step"] == done and "eval" not in read)
@@ -227,6 +227,10 @@ def main(argv=None):
     seen, total, best = start["seen"], start["total"], start["best"]
     if start["samples"] != len(samples):
         data.fail(f"--data {args.data} has {len(samples)} samples, had {start['samples']} when the run in --out {out} was saved: choose another --out")
+    if world > 1:
+        dist.all_gather_object(everywhere := [None] * world, start)
+        if everywhere != [start] * world:
+            data.fail(f"--out {out}: process {rank} does not find there what others find: it must lie on a disk that all nodes share")
     left = math.ceil((total - seen) / per_step)
     if start["world"] != world and rank == 0:
         print(f"resumed on {world} processes, was {start['world']}: a step is now {per_step} images, L_clip contrasts over {args.batch_size * world}, "
@@ -236,7 +240,8 @@ def main(argv=None):
     model.pooler.requires_grad_(args.cal != "none")
     optimizer = torch.optim.AdamW(parameter_groups(model, args.wd), lr=args.lr, betas=(0.9, 0.98), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    if saved:
+    resumed = bool(saved)
+    if resumed:
         try:
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
@@ -247,6 +252,7 @@ def main(argv=None):
             torch.set_rng_state(saved["rng"][rank][0])
             if cuda and saved["rng"][rank][1:]:
                 torch.cuda.set_rng_state(saved["rng"][rank][1])
+    del saved  # as large as model and optimiser
     for layer in model.layers:
         if args.grad_checkpointing:
             layer.forward = partial(activation_checkpoint, layer.forward, use_reentrant=False)
@@ -301,7 +307,7 @@ def main(argv=None):
         """Whether the last step ended a stretch of so many epochs."""
         return seen // (epochs * len(samples)) > (seen - per_step) // (epochs * len(samples))
 
-    if not saved:
+    if not resumed:
         keep(0, False)  # from here on the folder is this run's
     evaluate = start["evaluate"]
     bar = tqdm(total=start["step"] + left, initial=start["step"], disable=rank > 0, dynamic_ncols=True)
@@ -395,7 +401,7 @@ def main(argv=None):
                     due = False
                 if stop:
                     if world > 1:
-                        dist.barrier()  # till rank 0 has written
+                        dist.all_reduce(stop, dist.ReduceOp.MAX)  # till rank 0 has written
                     if rank == 0:
                         print(f"{signal.Signals(stop.item()).name}: stopped after step {step}, which {'is' if not due else 'is not'} saved; "
                               "the same command goes on from the last checkpoint", file=sys.stderr)
@@ -407,8 +413,11 @@ def main(argv=None):
 
     # ---- the table
     if rank == 0:
-        models.export(model, tokenizer, out / "hf")
-        (out / "eval.json").write_text(json.dumps(results, indent=1) + "\n")
+        try:
+            models.export(model, tokenizer, out / "hf")
+            (out / "eval.json").write_text(json.dumps(results, indent=1) + "\n")
+        except OSError as error:
+            data.fail(f"--out {out}: the run is saved, hf/ and eval.json are not: {error}")
         print(f"{out}\n{evaluation.HEADER}\n{evaluation.table(results)}")
     if world > 1:
         dist.destroy_process_group()

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,12 +60,13 @@ def breaks_off(monkeypatch, flags, calls):
             train.main(flags.split())
 
 
-def start_ranks(flags, world, **environ):
+def start_ranks(*flags, **environ):
+    """A process for each rank, each with its own flags."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    return [kill.start(flags, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=str(world), RANK=str(rank), LOCAL_RANK=str(rank), **environ)
-            for rank in range(world)]
+    return [kill.start(mine, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=str(len(flags)), RANK=str(rank), LOCAL_RANK=str(rank), **environ)
+            for rank, mine in enumerate(flags)]
 
 
 def ended(processes):
@@ -93,8 +95,10 @@ def test_a_signal_lets_the_step_end_and_saves_it(tmp_path, number):
     run, said = tmp_path / "run", tmp_path / "said"
     process = kill.start(f"{kill.FLAGS} --save-every 1000 --max-steps 1000 --out {run}", STDERR=str(said))
     kill.wait_for(process, lambda: kill.logged(run) >= 3)
-    os.kill(process.pid, number)
-    assert ended([process]) == [128 + number]
+    loaders = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in [*map(int, loaders), process.pid]:  # as a terminal and a cluster do it, to all processes
+        os.kill(pid, number)
+    assert ended([process]) == [128 + number] and loaders
     step = saved(run)["step"]
     assert step == kill.logged(run) == kill.lines(run)[-1]["step"]
     assert f"{number.name}: stopped after step {step}, which is saved" in said.read_text()
@@ -102,7 +106,7 @@ def test_a_signal_lets_the_step_end_and_saves_it(tmp_path, number):
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):
     run = tmp_path / "run"
-    ranks = start_ranks(f"{FLAGS} --save-every 1000 --max-steps 1000 --out {run}", 2)
+    ranks = start_ranks(*[f"{FLAGS} --save-every 1000 --max-steps 1000 --out {run}"] * 2)
     kill.wait_for(ranks[0], lambda: kill.logged(run) >= 2)
     os.kill(ranks[1].pid, signal.SIGTERM)
     assert ended(ranks) == [143, 143]
@@ -127,7 +131,7 @@ def test_the_seed_makes_the_run(tmp_path, quick):
 # ---- ranks
 
 def test_a_rank_that_dies_ends_the_others(tmp_path):
-    ranks = start_ranks(f"{FLAGS} --max-steps 1000 --out {tmp_path / 'run'}", 2)
+    ranks = start_ranks(*[f"{FLAGS} --max-steps 1000 --out {tmp_path / 'run'}"] * 2)
     kill.wait_for(ranks[0], lambda: kill.logged(tmp_path / "run") >= 2)
     ranks[1].kill()
     alive, dead = ended(ranks)
@@ -138,7 +142,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, quick, monkeypatch
     run, said = tmp_path / "run", tmp_path / "said"
     breaks_off(monkeypatch, f"{FLAGS} --max-steps 9 --out {run}", 6)
     assert saved(run)["seen"] == 16
-    ranks = start_ranks(f"{FLAGS} --max-steps 9 --out {run}", 2, STDERR=str(said))
+    ranks = start_ranks(*[f"{FLAGS} --max-steps 9 --out {run}"] * 2, STDERR=str(said))
     assert ended(ranks) == [0, 0]
     note, = (line for line in said.read_text().splitlines() if "resumed on" in line)
     assert "resumed on 2 processes, was 1: a step is now 8 images, L_clip contrasts over 8, 3 steps are left" in note
@@ -147,6 +151,12 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, quick, monkeypatch
     assert [line["epoch"] * 80_000 for line in steps] == pytest.approx([4, 8, 12, 16, 24, 32, 40])
     rate = train.cosine(16 / 8, 36 / 8, 1e-3, 1e-4)  # of the pooler, by images seen
     assert steps[4]["lr_pooler"] == pytest.approx(rate)
+
+
+def test_ranks_that_do_not_share_the_folder_end(tmp_path, quick, monkeypatch):
+    breaks_off(monkeypatch, f"{FLAGS} --max-steps 9 --out {tmp_path / 'a'}", 6)
+    ranks = start_ranks(*(f"{FLAGS} --max-steps 9 --out {tmp_path / name}" for name in "ab"), STDERR=str(tmp_path / "said"))
+    assert ended(ranks) == [2, 2] and "on a disk that all nodes share" in (tmp_path / "said").read_text()
 
 
 # ---- numbers
