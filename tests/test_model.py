@@ -1,6 +1,7 @@
 """The model against stock CLIP, and its pieces against their definitions."""
 
 import copy
+import itertools
 import math
 import random
 import re
@@ -187,3 +188,22 @@ def test_losses_and_gradients_golden(authors, forward, kind):
         fused = re.sub(r"(vision.*self_attn)\.[qkv]_proj", r"\1.qkv", name)
         ours[fused] = math.hypot(ours.get(fused, 0), p.grad.norm().item())
     assert sorted(ours.values()) == pytest.approx(norms, rel=1e-4, abs=2e-5)
+
+
+def test_chunks_cost_least(monkeypatch):
+    def cost(cuts, lengths):
+        return sum(models.CHUNK_COST + (end - start) * lengths[end - 1] for start, end in cuts)
+
+    monkeypatch.setattr(models, "CHUNK_COST", 9)
+    for seed in range(20):
+        lengths = sorted(random.Random(seed).choices(range(3, 12), k=9))
+        partitions = [[0, *middle, 9] for count in range(9) for middle in itertools.combinations(range(1, 9), count)]
+        assert cost(models.chunks(lengths), lengths) == min(cost(zip(cut, cut[1:]), lengths) for cut in partitions)
+
+
+def test_a_batch_of_the_papers_statistics_costs_little_more_than_its_tokens():
+    rng = random.Random(0)  # 64 images: a caption of about 130 tokens, 5 sentences of about 25, 27 phrases of about 4.4 (SPEC §5)
+    lengths = sorted(max(3, round(rng.gauss(*of))) for of in 64 * [(130, 30), *[(25, 7)] * 5, *[(4.4, 1.3)] * 27])
+    cuts = models.chunks(lengths)
+    assert [start for start, _ in cuts] == [0, *(end for _, end in cuts[:-1])] and cuts[-1][1] == len(lengths)
+    assert sum((end - start) * lengths[end - 1] for start, end in cuts) <= 1.15 * sum(lengths) and len(cuts) < 15
