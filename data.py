@@ -554,9 +554,6 @@ class Batches:
     def __init__(self, size, batch, start, stop, rank=0, world=1, seed=0):
         self.size, self.batch, self.start, self.stop, self.rank, self.world, self.seed = size, batch, start, stop, rank, world, seed
 
-    def __len__(self):
-        return (self.stop - self.start) // (self.world * self.batch)
-
     def __iter__(self):
         epoch = None
         for first in range(self.start + self.rank * self.batch, self.stop, self.world * self.batch):

@@ -126,7 +126,7 @@ def encode_images(model, load, items, whole=False):
 def pooled_similarity(model, texts, patches):
     """texts [T, D], patches [b, P, D] -> [b, T]: each image pooled by each text, against that text, in tiles."""
     def one(image, tile):
-        pooled = model.pool(tile, torch.zeros(len(tile), dtype=torch.long), image[None])  # [t, D]
+        pooled = model.pooler(tile, torch.zeros(len(tile), dtype=torch.long), image[None])  # [t, D]
         return (F.normalize(pooled, dim=-1) * tile).sum(1)
 
     return torch.stack([torch.cat([one(image, tile) for tile in texts.split(BATCH)]) for image in patches])
@@ -401,6 +401,7 @@ def evaluate(model, tokenizer, bench, root="data", score="cls", dci_caption="ext
     """One benchmark -> {metric: per cent}. Raises Missing where its data are not there."""
     model.eval()
     torch.set_float32_matmul_precision("highest")  # training may have lowered it
+    torch.backends.cudnn.allow_tf32 = False        # of the patch embedding, which is a convolution
     if bench == "scenes":
         return scenes(model, tokenizer, score)
     if bench == "fgovd":
@@ -459,6 +460,17 @@ def heatmap(model, tokenizer, image, queries):
     return sheet
 
 
+def own_device():
+    """This process's GPU, by LOCAL_RANK, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if local >= torch.cuda.device_count():
+        data.fail(f"process {local} of this machine has no GPU of its own, there are {torch.cuda.device_count()}: lower --nproc_per_node")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
 def latest_run(root="runs"):
     runs = sorted(Path(root).glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
     if not runs:
@@ -492,7 +504,7 @@ def main(argv=None):
     if Path(args.root).exists() and not Path(args.root).is_dir():
         data.fail(f"--root {args.root}: is no folder")
 
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    device = own_device()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     source = latest_run() if args.ckpt is None else args.ckpt
@@ -501,7 +513,7 @@ def main(argv=None):
         tokenizer = models.load_tokenizer(source, model)
     except Exception as error:  # torch's, transformers' and safetensors' have no ancestor in common
         data.fail(f"--ckpt {source}: {data.reason(error)}")
-    if model.stretched and args.score == "pooled":
+    if args.score == "pooled" and not model.pools:
         data.fail(f"--score pooled: {source} has no trained pooler")
     model = model.to(device).eval()
     if args.heatmap:

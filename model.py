@@ -2,7 +2,7 @@
 
     cls, patches = model.encode_image(pixels)      # [B, D], [B, P, D]
     text = model.encode_text(texts)                # [N, D]
-    pooled = model.pool(text, owner, patches)      # [N, D]
+    pooled = model.pooler(text, owner, patches)    # [N, D]
 
 At test time this is a plain CLIP: `cls` against `text`. Patches serve FG-OVD, the pooler serves training.
 """
@@ -121,6 +121,7 @@ class BetaCLIP(nn.Module):
         text.register_buffer("position_ids", torch.arange(len(weight))[None], persistent=False)
         clip.text_model.config.max_position_embeddings = clip.config.text_config.max_position_embeddings = len(weight)
         self.pooler = PatchPooler(clip.config.projection_dim)
+        self.pools = False  # whether the pooler is a trained one, which `load` knows
 
     @property
     def device(self):
@@ -181,15 +182,12 @@ class BetaCLIP(nn.Module):
     def _encode_chunk(self, texts):
         """Tuples of token ids of like length -> [n, D]."""
         length = torch.tensor([len(text) for text in texts])
-        ids = torch.zeros(len(texts), len(texts[-1]), dtype=torch.long)              # [n, L]; the last is the longest
+        pinned = self.device.type == "cuda"  # else the copy of a large chunk would wait for the GPU
+        ids = torch.zeros(len(texts), len(texts[-1]), dtype=torch.long, pin_memory=pinned)  # [n, L]; the last is the longest
         ids[torch.arange(ids.shape[1]) < length[:, None]] = torch.tensor(list(itertools.chain.from_iterable(texts)))
         hidden = self.clip.text_model(input_ids=ids.to(self.device, non_blocking=True)).last_hidden_state  # [n, L, W]
         eos = (torch.arange(len(texts)) * ids.shape[1] + length - 1).to(self.device, non_blocking=True)
         return self.clip.text_projection(hidden.flatten(0, 1)[eos])
-
-    def pool(self, text, owner, patches):
-        """Pool each query's image by the query: text [N, D], owner [N], patches [B, P, D] -> [N, D]."""
-        return self.pooler(text, owner, patches)
 
     def forward(self, pixels, texts, owner):
         """A training step's embeddings; `texts` are the queries of all images, `owner` their images, sorted.
@@ -199,7 +197,7 @@ class BetaCLIP(nn.Module):
         cls, patches = self.encode_image(pixels)
         text = self.encode_text(texts)
         trained = self.pooler.logit_scale.requires_grad
-        return cls, text, self.pool(text, owner, patches) if trained else None
+        return cls, text, self.pooler(text, owner, patches) if trained else None
 
 
 def tiny(tokenizer):
@@ -314,20 +312,23 @@ def load(source, heads=None):
         model = pretrained(source)
         if (path / "pooler.safetensors").is_file():
             model.pooler.load_state_dict(load_file(path / "pooler.safetensors"))
+            model.pools = True
         return model.eval()
     saved = read(newest(path) if path.is_dir() else path)
     if "config" in saved:
         model = BetaCLIP(CLIPModel(CLIPConfig(**json.loads(saved["config"]))))
         model.load_state_dict(saved["model"])
+        model.pools = saved["args"]["cal"] != "none"
     elif any(name.endswith("positional_embedding_res") for name in saved.get("state_dict", ())):
         model = from_authors(saved["state_dict"], heads)
+        model.pools = True
     else:
         raise ValueError(f"{path}: neither a checkpoint of train.py nor one of the authors'")
     return model.eval()
 
 
 def export(model, tokenizer, folder):
-    """Write a folder that stock transformers load: CLIPModel with 248 positions, tokenizer, processor; the pooler is beside it."""
+    """Write a folder that stock transformers load: CLIPModel with 248 positions, tokenizer, processor; a trained pooler is beside it."""
     name, state = "text_model.embeddings.position_embedding.", model.clip.state_dict()
     state[name + "weight"] = torch.cat([state.pop(name + "kept"), state.pop(name + "learned")])
     clip = CLIPModel(model.clip.config)
@@ -337,7 +338,8 @@ def export(model, tokenizer, folder):
     size = model.image_size
     images = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     CLIPProcessor(images, tokenizer).save_pretrained(folder)
-    save_file(model.pooler.state_dict(), Path(folder) / "pooler.safetensors")
+    if model.pooler.logit_scale.requires_grad:  # else it was never trained
+        save_file(model.pooler.state_dict(), Path(folder) / "pooler.safetensors")
 
 
 def load_tokenizer(source, model=None):

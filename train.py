@@ -87,14 +87,13 @@ def arguments(argv=None):
     if not 0 <= args.beta <= 1:
         data.fail(f"--beta {args.beta}: must be from 0 to 1")
     least = dict(sentences=0, phrases=0, batch_size=1, accum=1, epochs=1e-9, max_steps=1, lr=0, lr_pooler=0, wd=0, clip=1e-9,
-                 workers=0, seed=0, save_every=1, eval_every=1e-3)
+                 workers=0, seed=0, save_every=1, eval_every=1e-9)
     for name, low in least.items():
         value = getattr(args, name)
         if value is not None and not low <= value < 2**63:
             data.fail(f"--{name.replace('_', '-')} {value}: must be a number, at least {low}")
-    file = Path(args.root) / data.SHAREGPT4V if args.data == "sharegpt4v" else Path(args.data)
-    if args.data != "scenes" and not file.is_file():
-        data.fail(f"--data {args.data}: there is no file {file}" + (
+    if args.data != "scenes" and not annotation_file(args).is_file():
+        data.fail(f"--data {args.data}: there is no file {annotation_file(args)}" + (
             ": get it from https://huggingface.co/datasets/Lin-Chen/ShareGPT4V" if args.data == "sharegpt4v" else "; scenes and sharegpt4v are the names"))
     if args.data != "scenes" and not Path(args.root).is_dir():
         data.fail(f"--root {args.root}: there is no such folder")
@@ -103,10 +102,14 @@ def arguments(argv=None):
     return args
 
 
+def annotation_file(args):
+    return Path(args.root) / data.SHAREGPT4V if args.data == "sharegpt4v" else Path(args.data)
+
+
 def cosine(step, total, peak, end, warmup=0, start=0.0):
     """Learning rate of a step, counted from 0: `start` … `peak` linearly in `warmup` steps, then a half cosine to `end`."""
     if step < warmup:
-        return start + (peak - start) * step / max(1, warmup - 1)
+        return start + (peak - start) * min(1, step / max(1, warmup - 1))
     return end + (peak - end) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 
@@ -156,12 +159,11 @@ def outlive_signals(_):
 
 
 @contextlib.contextmanager
-def postponed_signals():
-    """Within, SIGTERM and SIGINT end nothing: gives the list of those that came."""
-    came = []
-    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in (signal.SIGTERM, signal.SIGINT)}
+def on_signals(act):
+    """Within, SIGTERM and SIGINT do nothing but `act`, on their number."""
+    before = {number: signal.signal(number, lambda number, _: act(number)) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield came
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -171,13 +173,8 @@ def main(argv=None):
     args = arguments(argv)
 
     # ---- processes and devices
-    rank, local, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    cuda = torch.cuda.is_available()
-    if cuda and local >= torch.cuda.device_count():
-        data.fail(f"process {local} of this machine has no GPU of its own, there are {torch.cuda.device_count()}: lower --nproc_per_node")
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
+    rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), evaluation.own_device()
+    cuda = device.type == "cuda"
     if world > 1:  # gloo beside nccl: what the hosts tell each other does not wait for the GPUs
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
     torch.manual_seed(args.seed)  # the same on every rank: DDP starts from equal weights
@@ -189,8 +186,9 @@ def main(argv=None):
         saved = models.read(models.newest(out)) if models.newest(out).is_file() else None
     except (OSError, ValueError) as error:
         data.fail(f"--out {out}: {error}")
-    if saved and not {"args", "step", "optimizer"} <= saved.keys():
-        data.fail(f"--out {out}: its checkpoint.pt is none of train.py's: choose another --out")
+    start = dict(step=0, seen=0, total=0, best=-1.0, evaluate=args.data != "scenes", world=world, samples=0)
+    if saved and not {"args", "model", "optimizer", "scaler", "rng", *start} <= saved.keys():
+        data.fail(f"--out {out}: its checkpoint.pt is none of this train.py's: choose another --out")
     if saved and saved["args"] != chosen:
         then = saved["args"]
         other = ", ".join(f"{name} {then.get(name)} (now {value})" for name, value in chosen.items() if then.get(name) != value)
@@ -215,14 +213,13 @@ def main(argv=None):
     if args.data == "scenes":
         samples = data.Scenes(model.image_size, **wanted)
     else:
-        file = Path(args.root) / data.SHAREGPT4V if args.data == "sharegpt4v" else Path(args.data)
-        samples = data.Captions(file, args.root, model.image_size, **wanted)
+        samples = data.Captions(annotation_file(args), args.root, model.image_size, **wanted)
     if len(samples) < args.batch_size * world:
         data.fail(f"--batch-size {args.batch_size} on {world} processes: there are only {len(samples)} samples")
     # All positions are in images seen, so that a run can go on with steps of another size.
     per_step = args.batch_size * world * args.accum
     steps = max(1, int(args.epochs * len(samples) / per_step))
-    start = dict(step=0, seen=0, total=min(steps, args.max_steps or steps) * per_step, best=-1.0, evaluate=False, world=world, samples=len(samples))
+    start |= dict(total=min(steps, args.max_steps or steps) * per_step, samples=len(samples))
     start |= {name: saved[name] for name in start if saved}
     seen, total, best = start["seen"], start["total"], start["best"]
     if start["samples"] != len(samples):
@@ -231,7 +228,7 @@ def main(argv=None):
         dist.all_gather_object(everywhere := [None] * world, start)
         if everywhere != [start] * world:
             data.fail(f"--out {out}: process {rank} does not find there what others find: it must lie on a disk that all nodes share")
-    left = math.ceil((total - seen) / per_step)
+    left = max(0, math.ceil((total - seen) / per_step))
     if start["world"] != world and rank == 0:
         print(f"resumed on {world} processes, was {start['world']}: a step is now {per_step} images, L_clip contrasts over {args.batch_size * world}, "
               f"{left} steps are left; the order of samples and the schedules go on by images seen", file=sys.stderr)
@@ -274,7 +271,7 @@ def main(argv=None):
 
     def write(**line):
         try:
-            log.write(json.dumps(line) + "\n")
+            log.write(json.dumps({name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in line.items()}) + "\n")
         except OSError as error:
             data.fail(f"{out / 'log.jsonl'} cannot be written, the last checkpoint stands: {error}")
 
@@ -292,39 +289,44 @@ def main(argv=None):
         """Evaluate on the benchmarks that are there; the best checkpoint, by the mean of R@1 and accuracies, is kept."""
         nonlocal best
         results = {}
-        for bench in ["scenes"] if args.data == "scenes" else evaluation.BENCHES[1:]:
-            with contextlib.suppress(evaluation.Missing):
-                results[bench] = evaluation.evaluate(model, tokenizer, bench, args.root)
+        with on_signals(lambda number: sys.exit(128 + number)):  # the step is saved, and the evaluation comes again
+            for bench in ["scenes"] if args.data == "scenes" else evaluation.BENCHES[1:]:
+                with contextlib.suppress(evaluation.Missing):
+                    results[bench] = evaluation.evaluate(model, tokenizer, bench, args.root)
         figures = [score for scores in results.values() for metric, score in scores.items() if not metric.endswith(("@5", "@10"))]
         if rank == 0:
             write(step=step, epoch=seen / len(samples), eval=results)
             if figures and sum(figures) / len(figures) > best:
                 best = sum(figures) / len(figures)
-                save(out / "best.pt", models.read(checkpoint))
+                save(out / "best.pt", models.read(models.newest(out)))
+        model.train()
+        if cuda:
+            torch.set_float32_matmul_precision("high")  # TF32, which an evaluation does without
+            torch.cuda.reset_peak_memory_stats()
         return results
 
     def ends(epochs):
         """Whether the last step ended a stretch of so many epochs."""
         return seen // (epochs * len(samples)) > (seen - per_step) // (epochs * len(samples))
 
+    evaluate = start["evaluate"]  # before the first step too: what is broken in a benchmark shows at once
     if not resumed:
-        keep(0, False)  # from here on the folder is this run's
-    evaluate = start["evaluate"]
+        keep(0, evaluate)  # from here on the folder is this run's
     bar = tqdm(total=start["step"] + left, initial=start["step"], disable=rank > 0, dynamic_ncols=True)
     unreadable, drawn = collections.Counter(), 0
-    bad = torch.zeros((), device=device)  # steps in a row, up to now, whose gradient was not finite
-    due = False
+    bad, over = torch.zeros(2, device=device)  # steps in a row whose gradient was not finite; steps since these were too many
+    skipped = torch.zeros((), device=device)
+    model.train()
+    if cuda:
+        torch.set_float32_matmul_precision("high")
     results = measure(start["step"]) if evaluate else {}
-    since, before = time.perf_counter(), seen
+    came, due, evaluate, since, before = [], False, False, time.perf_counter(), seen
 
     batches = data.Batches(len(samples), args.batch_size, seen, seen + left * per_step, rank, world, args.seed)
     loader = DataLoader(samples, batch_sampler=batches, collate_fn=partial(data.collate, tokenizer=tokenizer),
                         num_workers=args.workers, pin_memory=cuda, worker_init_fn=outlive_signals)
-    with postponed_signals() as came, contextlib.closing(batch for batch in loader) as loader:  # closed, its processes end
+    with on_signals(came.append), contextlib.closing(batch for batch in loader) as loader:  # closed, its processes end
         for step in range(start["step"] + 1, start["step"] + left + 1):
-            model.train()
-            if cuda:
-                torch.set_float32_matmul_precision("high")  # TF32, which an evaluation does without
             at = seen / per_step
             lr = cosine(at, total / per_step, args.lr, 1e-2 * args.lr, int(args.warmup * len(samples) / per_step), 1e-4 * args.lr)
             lr_pooler = cosine(at, total / per_step, args.lr_pooler, 0.1 * args.lr_pooler)
@@ -362,7 +364,8 @@ def main(argv=None):
                 torch.nn.utils.clip_grads_with_norm_(parameters, args.clip, norm)
             # where found_inf is 1 the fused AdamW changes nothing, as it does for a scaler, and nobody waits for the GPU
             optimizer.found_inf = (~norm.isfinite()).float()
-            bad = (bad + 1) * optimizer.found_inf
+            bad = torch.where(bad < BAD_STEPS[args.amp], (bad + 1) * optimizer.found_inf, bad)  # too many stay so until they are seen
+            over, skipped = over + (bad >= BAD_STEPS[args.amp]), skipped + optimizer.found_inf
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
@@ -381,19 +384,21 @@ def main(argv=None):
             due |= evaluate or bool(stop) or step % args.save_every == 0 or ends(1)
             if due or step % LOG_EVERY == 0:
                 # β-CAL is of this rank's queries, as in the recipe
-                streak, clip, cal, grad_norm, clip_scale, pool_scale = torch.stack([bad, clip_part, cal_part, norm, scales[0].exp(), scales[1].exp()]).tolist()
+                figures = torch.stack([bad, over, skipped, clip_part, cal_part, norm, scales[0].exp(), scales[1].exp()]).tolist()
+                streak, ago, lost, clip, cal, grad_norm, clip_scale, pool_scale = figures
                 if rank == 0 and (last or step % LOG_EVERY == 0):
                     now = time.perf_counter()
                     speed = (seen - before) / (now - since)
                     since, before = now, seen
                     peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
                     write(step=step, epoch=seen / len(samples), loss=clip + cal, clip=clip, cal=cal, clip_scale=clip_scale, pool_scale=pool_scale,
-                          lr=lr, lr_pooler=lr_pooler, grad_norm=grad_norm, images_per_s=speed, peak_gib=peak / 2**30, unreadable=unreadable.total())
+                          lr=lr, lr_pooler=lr_pooler, grad_norm=grad_norm, skipped=int(lost), images_per_s=speed, peak_gib=peak / 2**30, unreadable=unreadable.total())
                     bar.set_postfix_str(f"clip {clip:.3f} cal {cal:.3f} scales {clip_scale:.1f} {pool_scale:.1f} lr {lr:.1e} {speed:.0f} img/s")
                 if streak >= BAD_STEPS[args.amp] or streak and last and not scaler.is_enabled():
-                    first = seen - int(streak) * per_step
-                    batch, = data.Batches(len(samples), per_step, first, first + per_step, seed=args.seed)
-                    data.fail(f"step {step - int(streak) + 1}: loss {clip + cal:g}, gradient not finite, for {streak:g} steps up to now, which changed nothing; "
+                    first = step - int(streak + max(0, ago - 1)) + 1
+                    at = seen - (step - first + 1) * per_step
+                    batch, = data.Batches(len(samples), per_step, at, at + per_step, seed=args.seed)
+                    data.fail(f"step {first}: the gradient is not finite, for {streak:g} steps in a row, which changed nothing (clip {clip:g}, cal {cal:g} in step {step}); "
                               f"its samples: {sorted(index for _, index in batch)}; try a lower --lr, --lr-pooler, or --clip 1")
                 sound = not streak or scaler.is_enabled()  # never save what has just failed; fp16's scaler skips steps as a habit
                 if due and sound:
@@ -416,8 +421,8 @@ def main(argv=None):
         try:
             models.export(model, tokenizer, out / "hf")
             (out / "eval.json").write_text(json.dumps(results, indent=1) + "\n")
-        except OSError as error:
-            data.fail(f"--out {out}: the run is saved, hf/ and eval.json are not: {error}")
+        except Exception as error:  # safetensors has its own
+            data.fail(f"--out {out}: the run is saved, hf/ or eval.json is not: {data.reason(error)}")
         print(f"{out}\n{evaluation.HEADER}\n{evaluation.table(results)}")
     if world > 1:
         dist.destroy_process_group()

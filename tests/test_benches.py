@@ -204,7 +204,7 @@ def test_pooled_score_pools_every_image_by_every_text(root, clip, tmp_path, caps
             patches = model.encode_image(data.to_pixels(Image.open(path), 64)[None])[1]
             for j, (_, (text,)) in enumerate(pairs):
                 t = model.encode_text(data.tokenize(tokenizer, [text]))
-                scores[j, i] = F.cosine_similarity(model.pool(t, torch.tensor([0]), patches), t)
+                scores[j, i] = F.cosine_similarity(model.pooler(t, torch.tensor([0]), patches), t)
     expected = evaluation.recall(scores, torch.arange(len(pairs)))
     assert json.loads((tmp_path / "s.json").read_text())["urban1k"] == pytest.approx(expected)
 

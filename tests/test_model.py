@@ -87,7 +87,7 @@ def test_pool_equals_one_query_at_a_time():
     torch.manual_seed(0)
     model = models.BetaCLIP(stock())
     text, patches, owner = torch.randn(7, 32), torch.randn(4, 16, 32), torch.tensor([0, 0, 0, 1, 3, 3, 3])  # image 2 has no query
-    pooled = model.pool(text, owner, patches)
+    pooled = model.pooler(text, owner, patches)
     for row, image in enumerate(owner):
         keys = F.normalize(patches[image], dim=-1)[None]
         out = model.pooler.attn(F.normalize(text[row], dim=-1)[None, None], keys, keys)[0][0, 0]

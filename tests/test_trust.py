@@ -93,7 +93,7 @@ def test_a_kill_between_the_two_renames(tmp_path, quick, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_the_step_end_and_saves_it(tmp_path, number):
     run, said = tmp_path / "run", tmp_path / "said"
-    process = kill.start(f"{kill.FLAGS} --save-every 1000 --max-steps 1000 --out {run}", STDERR=str(said))
+    process = kill.start(f"{kill.FLAGS} --save-every 1000 --eval-every 1 --max-steps 1000 --out {run}", STDERR=str(said))
     kill.wait_for(process, lambda: kill.logged(run) >= 3)
     loaders = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     for pid in [*map(int, loaders), process.pid]:  # as a terminal and a cluster do it, to all processes
@@ -106,7 +106,7 @@ def test_a_signal_lets_the_step_end_and_saves_it(tmp_path, number):
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):
     run = tmp_path / "run"
-    ranks = start_ranks(*[f"{FLAGS} --save-every 1000 --max-steps 1000 --out {run}"] * 2)
+    ranks = start_ranks(*[f"{FLAGS} --save-every 1000 --eval-every 1 --max-steps 1000 --out {run}"] * 2)
     kill.wait_for(ranks[0], lambda: kill.logged(run) >= 2)
     os.kill(ranks[1].pid, signal.SIGTERM)
     assert ended(ranks) == [143, 143]
@@ -170,8 +170,8 @@ def nan_in(monkeypatch, steps):
 def test_a_single_bad_step_changes_nothing(tmp_path, quick, monkeypatch):
     nan_in(monkeypatch, {3, 4})
     train.main(f"{FLAGS} --max-steps 6 --save-every 1 --out {tmp_path}".split())
-    finite = [line["step"] for line in kill.lines(tmp_path) if line.get("grad_norm") == line.get("grad_norm")]
-    assert 3 not in finite and 4 not in finite and {5, 6} < set(finite)
+    steps = [line for line in kill.lines(tmp_path) if "eval" not in line]
+    assert [line["grad_norm"] is None for line in steps] == [False, False, True, True, False, False] and steps[-1]["skipped"] == 2
     state = saved(tmp_path)
     assert all(x.isfinite().all() for x in state["model"].values()) and {one["step"].item() for one in state["optimizer"]["state"].values()} == {4}
 
@@ -180,8 +180,16 @@ def test_bad_steps_in_a_row_stop_the_run_and_are_named(tmp_path, quick, monkeypa
     nan_in(monkeypatch, {4, 5, 6})
     error = refused(capsys, f"{FLAGS} --max-steps 9 --save-every 1 --out {tmp_path}")
     batch, = data.Batches(80_000, 4, 12, 16)
-    assert "step 4: loss nan" in error and f"its samples: {sorted(index for _, index in batch)}" in error
+    assert "step 4: the gradient is not finite, for 3 steps in a row" in error and f"its samples: {sorted(index for _, index in batch)}" in error
     assert saved(tmp_path)["step"] == 3 and all(x.isfinite().all() for x in saved(tmp_path)["model"].values())
+
+
+def test_bad_steps_between_two_lines_of_the_log_stop_the_run_too(tmp_path, quick, monkeypatch, capsys):
+    monkeypatch.setattr(train, "LOG_EVERY", 10)
+    nan_in(monkeypatch, {4, 5, 6})
+    error = refused(capsys, f"{FLAGS} --max-steps 20 --save-every 100 --eval-every 1 --out {tmp_path}")
+    batch, = data.Batches(80_000, 4, 12, 16)
+    assert "step 4: the gradient is not finite, for 3 steps in a row" in error and f"its samples: {sorted(index for _, index in batch)}" in error
 
 
 def test_clip_limits_the_gradient(tmp_path, quick):
@@ -201,6 +209,6 @@ def test_evaluation_during_training_and_the_best_checkpoint(tmp_path, quick, mon
     assert [(line["step"], line["eval"]["scenes"]["hard"]) for line in lines if "eval" in line] == [(20, 1.0), (40, 3.0), (60, 2.0)]
     assert (saved(tmp_path, "best.pt")["step"], saved(tmp_path)["step"]) == (40, 60)
     assert json.loads((tmp_path / "eval.json").read_text())["scenes"]["hard"] == 2.0
-    assert {"step", "epoch", "loss", "clip", "cal", "clip_scale", "pool_scale", "lr", "lr_pooler", "grad_norm", "unreadable"} == set(lines[0])
+    assert {"step", "epoch", "loss", "clip", "cal", "clip_scale", "pool_scale", "lr", "lr_pooler", "grad_norm", "skipped", "unreadable"} == set(lines[0])
     with (tmp_path / "log.jsonl").open() as log:
         assert {"images_per_s", "peak_gib"} < set(json.loads(next(log)))
