@@ -207,3 +207,21 @@ def test_a_batch_of_the_papers_statistics_costs_little_more_than_its_tokens():
     cuts = models.chunks(lengths)
     assert [start for start, _ in cuts] == [0, *(end for _, end in cuts[:-1])] and cuts[-1][1] == len(lengths)
     assert sum((end - start) * lengths[end - 1] for start, end in cuts) <= 1.15 * sum(lengths) and len(cuts) < 15
+
+
+@pytest.mark.parametrize("vision, text, dim, patch", [(768, 512, 512, 16), (1024, 768, 768, 14)], ids=["ViT-B/16", "ViT-L/14"])
+def test_the_authors_sizes_are_recognised(golden, vision, text, dim, patch):
+    """Their names with the tensors of a real model, but one layer and a small vocabulary."""
+    theirs = models.read(golden / "authors_checkpoint.pt")["state_dict"]
+    sizes = {"visual": {64: vision, 192: 3 * vision, 256: 4 * vision, 17: (224 // patch) ** 2 + 1}, "text_conditioned": {32: dim, 96: 3 * dim, 128: 4 * dim},
+             "image_proj": {64: vision, 32: dim}, "text_proj": {48: text, 32: dim}, "": {48: text, 192: 4 * text}}
+    real = {}
+    for name, tensor in theirs.items():
+        if not re.search(r"\.[12]\.(attn|mlp|ln|norm)", name) or "text_conditioned" in name:
+            part = next(part for part in sizes if name.removeprefix("module.").startswith(part))
+            real[name] = torch.zeros([sizes[part].get(size, size) for size in tensor.shape])
+    real["module.visual.patch_embed.proj.weight"] = torch.zeros(vision, 3, patch, patch)
+    config = models.from_authors(real).clip.config
+    assert (config.vision_config.image_size, config.vision_config.patch_size, config.projection_dim) == (224, patch, dim)
+    assert (config.vision_config.num_attention_heads, config.text_config.num_attention_heads) == (vision // 64, text // 64)
+    assert config.vision_config.num_hidden_layers == config.text_config.num_hidden_layers == 1
