@@ -188,7 +188,7 @@ def main(argv=None):
         data.fail(f"--out {out}: {error}")
     start = dict(step=0, seen=0, total=0, best=-1.0, evaluate=args.data != "scenes", world=world, samples=0)
     if saved and not {"args", "model", "optimizer", "scaler", "rng", *start} <= saved.keys():
-        data.fail(f"--out {out}: its checkpoint.pt is none of this train.py's: choose another --out")
+        data.fail(f"--out {out}: its checkpoint.pt is none of train.py's, or of an older one: choose another --out")
     if saved and saved["args"] != chosen:
         then = saved["args"]
         other = ", ".join(f"{name} {then.get(name)} (now {value})" for name, value in chosen.items() if then.get(name) != value)
