@@ -139,7 +139,7 @@ def save(path, state, previous=None):
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
         beside.unlink(missing_ok=True)
-        data.fail(f"{path} cannot be written, what was saved before stands: {str(error).splitlines()[0]}")
+        data.fail(f"{path} cannot be written, what was saved before stands: {data.reason(error)}")
 
 
 def log_of(path, done):

@@ -32,6 +32,15 @@ def tiny(tokenizer):
     return models.tiny(tokenizer)
 
 
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory, tokenizer):
+    """A folder as a finished run's hf/. Nobody may write in it."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("clip")
+    models.export(models.tiny(tokenizer), tokenizer, folder)
+    return folder
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """The benchmark of the scenes gives figures at once, where it is not what is tested."""

@@ -85,15 +85,6 @@ def root(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory, tokenizer):
-    """A folder as a finished run's hf/."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("clip")
-    models.export(models.tiny(tokenizer), tokenizer, folder)
-    return folder
-
-
 def run(capsys, *argv):
     evaluation.main([str(part) for part in argv])
     return capsys.readouterr().out

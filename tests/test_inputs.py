@@ -34,15 +34,6 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory, tokenizer):
-    """A folder as of a Hugging Face CLIP. Nobody may write in it."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("clip")
-    models.export(models.tiny(tokenizer), tokenizer, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A finished run's folder. Nobody may write in it."""
     folder = tmp_path_factory.mktemp("run")
