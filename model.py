@@ -106,6 +106,12 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
+def attend(query, key, value, heads, mask=None):
+    """Attention of `heads` heads, all projected: [B, Q, W], [B, L, W], [B, L, W] -> [B, Q, W]."""
+    split = lambda y: y.unflatten(-1, (heads, -1)).transpose(1, 2)                   # [B, L, W] -> [B, heads, L, W / heads]
+    return F.scaled_dot_product_attention(split(query), split(key), split(value), mask).transpose(1, 2).flatten(2)
+
+
 class BetaCLIP(nn.Module):
     """`clip` with 248 text positions, and a fresh patch pooler. `clip` is changed in place."""
 
@@ -157,11 +163,9 @@ class BetaCLIP(nn.Module):
         for layer in layers:
             x = layer(x, attention_mask=None)
         attn, h = last.self_attn, last.layer_norm1(x)
-        heads = lambda y: y.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)      # [B, L, W] -> [B, heads, L, W / heads]
         value = attn.v_proj(h)                                                       # [B, 1 + P, W]
-        cls = F.scaled_dot_product_attention(heads(attn.q_proj(h[:, :1])), heads(attn.k_proj(h)), heads(value))
-        mixed = torch.cat([cls.transpose(1, 2).flatten(2), value[:, 1:]], dim=1)     # [B, 1 + P, W]
-        x = x + attn.out_proj(mixed)
+        cls = attend(attn.q_proj(h[:, :1]), attn.k_proj(h), value, attn.num_heads)   # [B, 1, W]
+        x = x + attn.out_proj(torch.cat([cls, value[:, 1:]], dim=1))
         x = x + last.mlp(last.layer_norm2(x))
         x = self.clip.visual_projection(vision.post_layernorm(x))                    # [B, 1 + P, D]
         return x[:, 0], x[:, 1:]
@@ -184,10 +188,20 @@ class BetaCLIP(nn.Module):
         length = torch.tensor([len(text) for text in texts])
         pinned = self.device.type == "cuda"  # else the copy of a large chunk would wait for the GPU
         ids = torch.zeros(len(texts), len(texts[-1]), dtype=torch.long, pin_memory=pinned)  # [n, L]; the last is the longest
-        ids[torch.arange(ids.shape[1]) < length[:, None]] = torch.tensor(list(itertools.chain.from_iterable(texts)))
-        hidden = self.clip.text_model(input_ids=ids.to(self.device, non_blocking=True)).last_hidden_state  # [n, L, W]
+        there = torch.arange(ids.shape[1]) < length[:, None]                         # [n, L]
+        ids[there] = torch.tensor(list(itertools.chain.from_iterable(texts)))
         eos = (torch.arange(len(texts)) * ids.shape[1] + length - 1).to(self.device, non_blocking=True)
-        return self.clip.text_projection(hidden.flatten(0, 1)[eos])
+        there = there[:, None, None].to(self.device, non_blocking=True)              # [n, 1, 1, L]
+        text = self.clip.text_model
+        x = text.embeddings(ids.to(self.device, non_blocking=True))                  # [n, L, W]
+        *layers, last = text.encoder.layers
+        for layer in layers:
+            x = layer(x, attention_mask=None, is_causal=True)
+        attn, h = last.self_attn, last.layer_norm1(x)                                # in the last layer only EOS asks
+        x, query = x.flatten(0, 1)[eos], attn.q_proj(h.flatten(0, 1)[eos])           # [n, W], [n, W]
+        x = x + attn.out_proj(attend(query[:, None], attn.k_proj(h), attn.v_proj(h), attn.num_heads, there)[:, 0])
+        x = x + last.mlp(last.layer_norm2(x))
+        return self.clip.text_projection(text.final_layer_norm(x))
 
     def forward(self, pixels, texts, owner):
         """A training step's embeddings; `texts` are the queries of all images, `owner` their images, sorted.
