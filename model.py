@@ -193,7 +193,7 @@ class BetaCLIP(nn.Module):
         eos = (torch.arange(len(texts)) * ids.shape[1] + length - 1).to(self.device, non_blocking=True)
         there = there[:, None, None].to(self.device, non_blocking=True)              # [n, 1, 1, L]
         text = self.clip.text_model
-        x = text.embeddings(ids.to(self.device, non_blocking=True))                  # [n, L, W]
+        x = text.embeddings(input_ids=ids.to(self.device, non_blocking=True))        # [n, L, W]
         *layers, last = text.encoder.layers
         for layer in layers:
             x = layer(x, attention_mask=None, is_causal=True)
