@@ -27,13 +27,7 @@ KEPT = 20            # text positions that stay as they are, and frozen
 OPENAI = "openai/clip-vit-base-patch16"  # all of OpenAI's CLIPs have its tokenizer
 CHUNK_COST = 400     # what one chunk of texts more costs, in tokens
 
-TINY = {  # the model of the built-in scenes, trained from scratch in minutes
-    "projection_dim": 128,
-    "vision_config": dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
-                          image_size=64, patch_size=8),
-    "text_config": dict(hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-                        max_position_embeddings=77),
-}
+SCRATCH = {"tiny": 128, "wide": 256}  # widths of the models of the built-in scenes, trained from scratch
 
 
 def stretch_positions(weight, keep=KEPT):
@@ -174,7 +168,7 @@ class BetaCLIP(nn.Module):
         """texts: list of N 1-D LongTensors, BOS … EOS, best on the CPU -> [N, D], not normalised.
 
         Equal texts are encoded once, and texts of like length together: the encoder is causal, so a text costs
-        its own length and what pads it changes nothing.
+        its own length and what pads it changes nothing. The last layer works on EOS alone: nothing else is read.
         """
         texts = [tuple(text.tolist()) for text in texts]
         unique = sorted(dict.fromkeys(texts), key=len)
@@ -214,20 +208,27 @@ class BetaCLIP(nn.Module):
         return cls, text, self.pooler(text, owner, patches) if trained else None
 
 
-def tiny(tokenizer):
+def tiny(tokenizer, width=SCRATCH["tiny"]):
     """The model of the built-in scenes, from scratch, for the vocabulary of `tokenizer`.
 
     Its pooler starts near the mean of the patches: from scratch nothing else ties the space of what is pooled to the
     space of the patches, which FG-OVD's protocol reads. A pretrained CLIP's patches have their place already.
     """
-    ids = dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-               pad_token_id=tokenizer.pad_token_id)
-    model = BetaCLIP(CLIPModel(CLIPConfig(**TINY | {"text_config": TINY["text_config"] | ids})))
-    attn, mlp, dim = model.pooler.attn, model.pooler.mlp, TINY["projection_dim"]
-    nn.init.eye_(attn.in_proj_weight.data[2 * dim:])  # the rows of the values
+    model = BetaCLIP(CLIPModel(tiny_config(tokenizer, width)))
+    attn, mlp = model.pooler.attn, model.pooler.mlp
+    nn.init.eye_(attn.in_proj_weight.data[2 * width:])  # the rows of the values
     nn.init.eye_(attn.out_proj.weight)
     mlp[-1].weight.data.mul_(0.1)
     return model
+
+
+def tiny_config(tokenizer, width):
+    """Three layers that see 64 x 64 pixels, two that read 77 tokens."""
+    tower = dict(hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 32)
+    ids = dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+               pad_token_id=tokenizer.pad_token_id)
+    return CLIPConfig(projection_dim=width, vision_config=tower | dict(num_hidden_layers=3, image_size=64, patch_size=8),
+                      text_config=tower | ids | dict(num_hidden_layers=2, max_position_embeddings=77))
 
 
 def pretrained(name):

@@ -77,7 +77,7 @@ def arguments(argv=None):
                         help="go on with the run in --out; default: where it holds one with these arguments")
     parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints; the end of an epoch makes one too")
     parser.add_argument("--eval-every", type=float, default=1, help="epochs between evaluations on the benchmarks that are there")
-    parser.add_argument("--model", help="'tiny', from scratch; or a Hugging Face CLIP: its hub name or a folder")
+    parser.add_argument("--model", help="'tiny', or 'wide', twice as wide, from scratch; or a Hugging Face CLIP: its hub name or a folder")
     parser.add_argument("--data", default="scenes", help="scenes, sharegpt4v, or a file: JSON (lines) of {image, caption}")
     parser.add_argument("--root", default="data", help="the folder that image names start from, and sharegpt4v's file lies in")
     args = parser.parse_args(argv)
@@ -200,9 +200,9 @@ def main(argv=None):
 
     # ---- model and data
     try:
-        if args.model == "tiny":
+        if args.model in models.SCRATCH:
             tokenizer = data.scenes_tokenizer()
-            model = models.tiny(tokenizer)
+            model = models.tiny(tokenizer, models.SCRATCH[args.model])
         else:
             model = models.pretrained(args.model)
             tokenizer = models.load_tokenizer(args.model, model)

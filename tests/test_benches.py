@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torchvision.ops import roi_align
-from transformers import CLIPConfig, CLIPModel, CLIPProcessor
+from transformers import CLIPModel, CLIPProcessor
 
 import data
 import eval as evaluation
@@ -233,8 +233,7 @@ def test_all_runs_what_is_there_and_lists_the_rest(root, clip, tmp_path, capsys)
 
 
 def test_a_short_clip_is_stretched_with_a_note(root, tmp_path, tokenizer, capsys):
-    ids = dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    CLIPModel(CLIPConfig(**models.TINY | {"text_config": models.TINY["text_config"] | ids})).save_pretrained(tmp_path)
+    CLIPModel(models.tiny_config(tokenizer, 32)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     assert "77 text positions, stretched to 248" in run(capsys, "--bench", "urban1k", "--root", root, "--ckpt", tmp_path)
     assert "no trained pooler" in refused(capsys, "--bench", "urban1k", "--score", "pooled", "--root", root, "--ckpt", tmp_path)
