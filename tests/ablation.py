@@ -24,9 +24,9 @@ RUNS = ROOT / "runs" / ("ablation-wide" if CUDA else "ablation")
 COLUMNS = {"hard": "Hard", "medium": "Medium", "easy": "Easy", "trivial": "Trivial", "T2I R@1": "T2I", "I2T R@1": "I2T"}
 SETTINGS = {"CLIP alone": "--cal none"}
 SETTINGS |= {f"soft, β = {beta}": f"--cal ce --beta {beta}" for beta in (0, 0.25, 0.5, 0.75, 1)}
-SETTINGS |= {f"hard, β = {beta}": f"--cal bce --beta {beta}" for beta in (0, 0.25, 0.5, 0.75, 1)}
 SETTINGS |= {"soft, β = 0.5, no phrases": "--cal ce --beta 0.5 --phrases 0",
              "soft, β = 0.5, no sentences": "--cal ce --beta 0.5 --sentences 0"}
+SETTINGS |= {f"hard, β = {beta}": f"--cal bce --beta {beta}" for beta in (0, 0.25, 0.5, 0.75, 1)}
 THRICE = ("CLIP alone", "soft, β = 0.5", "hard, β = 0.5")
 
 
