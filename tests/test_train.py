@@ -10,6 +10,7 @@ import torch
 from transformers.models.clip.modeling_clip import CLIPMLP
 
 import eval as evaluation
+import model as models
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -50,10 +51,11 @@ def test_thirty_steps_lower_the_loss_and_eval_prints_every_row(tmp_path, capsys)
     assert list(scores["scenes"]) == ROWS and scores == json.loads((run / "eval.json").read_text())
 
 
-@pytest.mark.parametrize("flags", ["--cal none", "--cal bce --amp bf16 --accum 2", "--amp fp16", "--phrases 0", "--sentences 0"])
+@pytest.mark.parametrize("flags", ["--cal none", "--cal bce --amp bf16 --accum 2", "--amp fp16", "--phrases 0", "--sentences 0", "--model wide"])
 def test_other_settings_train(tmp_path, flags, quick):
     train.main(f"--max-steps 2 --batch-size 8 --workers 0 --out {tmp_path} {flags}".split())
     assert log(tmp_path)[-1]["step"] == 2
+    assert models.load(tmp_path).dim == (256 if "wide" in flags else 128)
 
 
 def test_two_ranks_equal_one_process_with_the_whole_batch(tmp_path):
