@@ -472,10 +472,10 @@ def own_device():
 
 
 def latest_run(root="runs"):
-    runs = sorted(Path(root).glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
-    if not runs:
+    saved = {run: models.newest(run).stat().st_mtime for run in Path(root).glob("*") if models.newest(run).is_file()}
+    if not saved:
         data.fail(f"no run under {root}/: train one with `torchrun train.py --beta 0.5`, or name one with --ckpt")
-    return runs[-1].parent
+    return max(saved, key=saved.get)
 
 
 def main(argv=None):

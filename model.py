@@ -121,11 +121,15 @@ class BetaCLIP(nn.Module):
         text.register_buffer("position_ids", torch.arange(len(weight))[None], persistent=False)
         clip.text_model.config.max_position_embeddings = clip.config.text_config.max_position_embeddings = len(weight)
         self.pooler = PatchPooler(clip.config.projection_dim)
-        self.pools = False  # whether the pooler is a trained one, which `load` knows
 
     @property
     def device(self):
         return self.clip.logit_scale.device
+
+    @property
+    def pools(self):
+        """Whether the pooler is trained: one that is not is frozen, by `load` and with --cal none."""
+        return self.pooler.logit_scale.requires_grad
 
     @property
     def layers(self):
@@ -200,12 +204,11 @@ class BetaCLIP(nn.Module):
     def forward(self, pixels, texts, owner):
         """A training step's embeddings; `texts` are the queries of all images, `owner` their images, sorted.
 
-        Returns cls [B, D], text [N, D], pooled [N, D] (None where the pooler is frozen, as with --cal none).
+        Returns cls [B, D], text [N, D], pooled [N, D] (None where the pooler is frozen).
         """
         cls, patches = self.encode_image(pixels)
         text = self.encode_text(texts)
-        trained = self.pooler.logit_scale.requires_grad
-        return cls, text, self.pooler(text, owner, patches) if trained else None
+        return cls, text, self.pooler(text, owner, patches) if self.pools else None
 
 
 def tiny(tokenizer, width=SCRATCH["tiny"]):
@@ -324,19 +327,18 @@ def load(source, heads=None):
     """
     path = Path(source)
     if not path.exists() or (path / "config.json").is_file():
-        model = pretrained(source)
-        if (path / "pooler.safetensors").is_file():
+        model, trained = pretrained(source), (path / "pooler.safetensors").is_file()
+        if trained:
             model.pooler.load_state_dict(load_file(path / "pooler.safetensors"))
-            model.pools = True
+        model.pooler.requires_grad_(trained)
         return model.eval()
     saved = read(newest(path) if path.is_dir() else path)
     if "config" in saved:
         model = BetaCLIP(CLIPModel(CLIPConfig(**json.loads(saved["config"]))))
         model.load_state_dict(saved["model"])
-        model.pools = saved["args"]["cal"] != "none"
+        model.pooler.requires_grad_(saved["args"]["cal"] != "none")
     elif any(name.endswith("positional_embedding_res") for name in saved.get("state_dict", ())):
         model = from_authors(saved["state_dict"], heads)
-        model.pools = True
     else:
         raise ValueError(f"{path}: neither a checkpoint of train.py nor one of the authors'")
     return model.eval()
@@ -353,7 +355,7 @@ def export(model, tokenizer, folder):
     size = model.image_size
     images = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     CLIPProcessor(images, tokenizer).save_pretrained(folder)
-    if model.pooler.logit_scale.requires_grad:  # else it was never trained
+    if model.pools:
         save_file(model.pooler.state_dict(), Path(folder) / "pooler.safetensors")
 
 

@@ -299,11 +299,15 @@ def main(argv=None):
             if figures and sum(figures) / len(figures) > best:
                 best = sum(figures) / len(figures)
                 save(out / "best.pt", models.read(models.newest(out)))
+        return results
+
+    def ready():
+        """Training mode, and TF32, which an evaluation does without."""
         model.train()
         if cuda:
-            torch.set_float32_matmul_precision("high")  # TF32, which an evaluation does without
+            torch.set_float32_matmul_precision("high")
+            torch.backends.cudnn.allow_tf32 = True
             torch.cuda.reset_peak_memory_stats()
-        return results
 
     def ends(epochs):
         """Whether the last step ended a stretch of so many epochs."""
@@ -316,10 +320,8 @@ def main(argv=None):
     unreadable, drawn = collections.Counter(), 0
     bad, over = torch.zeros(2, device=device)  # steps in a row whose gradient was not finite; steps since these were too many
     skipped = torch.zeros((), device=device)
-    model.train()
-    if cuda:
-        torch.set_float32_matmul_precision("high")
     results = measure(start["step"]) if evaluate else {}
+    ready()
     came, due, evaluate, since, before = [], False, False, time.perf_counter(), seen
 
     batches = data.Batches(len(samples), args.batch_size, seen, seen + left * per_step, rank, world, args.seed)
@@ -413,6 +415,7 @@ def main(argv=None):
                     raise SystemExit(128 + stop.item())
                 if evaluate and sound:
                     results = measure(step)
+                    ready()
                     evaluate, since, before = False, time.perf_counter(), seen
     bar.close()
 

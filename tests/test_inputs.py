@@ -184,6 +184,13 @@ def test_no_runs_to_evaluate(tmp_path, capfd, monkeypatch):
     assert "no run under runs/: train one with" in refused(capfd, evaluation, "--bench", "scenes")
 
 
+def test_the_latest_run_may_have_its_previous_checkpoint_alone(tmp_path):
+    for age, file in ((9, "old/checkpoint.pt"), (5, "killed/previous.pt"), (1, "other/notes.txt")):
+        write(tmp_path / file, "")
+        os.utime(tmp_path / file, (1e9 - age, 1e9 - age))
+    assert evaluation.latest_run(tmp_path) == tmp_path / "killed"
+
+
 def test_a_message_is_one_line_whatever_a_name_holds(capfd):
     assert "no where" in refused(capfd, evaluation, "--ckpt", "no\nwhere")
 

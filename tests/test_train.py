@@ -55,7 +55,9 @@ def test_thirty_steps_lower_the_loss_and_eval_prints_every_row(tmp_path, capsys)
 def test_other_settings_train(tmp_path, flags, quick):
     train.main(f"--max-steps 2 --batch-size 8 --workers 0 --out {tmp_path} {flags}".split())
     assert log(tmp_path)[-1]["step"] == 2
-    assert models.load(tmp_path).dim == (256 if "wide" in flags else 128)
+    model = models.load(tmp_path)
+    assert model.dim == (256 if "wide" in flags else 128)
+    assert model.pools == models.load(tmp_path / "hf").pools == ("none" not in flags)
 
 
 def test_two_ranks_equal_one_process_with_the_whole_batch(tmp_path):
