@@ -160,13 +160,13 @@ def draw(scene):
     return image
 
 
-def scene_boxes(count=SPLITS["test"] // SIBLINGS):
-    """FG-OVD's protocol on the objects of the first `count` original test scenes.
+def scene_boxes():
+    """FG-OVD's protocol on the objects of the original test scenes.
 
     Returns a list of dicts: `image` (index into the test split), `box` (x, y, w, h) in pixels, and, for each of
     hard, medium, easy and trivial, 11 expressions, the positive first.
     """
-    rows = []
+    rows, count = [], SPLITS["test"] // SIBLINGS
     for group in range(count):
         index = group * SIBLINGS
         foreign = [o for g in (1, 2, 3, 4) for o in scene("test", (group + g) % count * SIBLINGS)["objects"]]
@@ -280,7 +280,7 @@ def parser():
 # --------------------------------------------------------------------------------- annotation files
 
 def rows(path):
-    """The rows (dicts) of a JSON list or of JSON lines, one by one, as (where, row); no file is ever whole in memory.
+    """The rows (dicts) of a JSON list or of JSON lines, one by one, as (where, row); in memory is a part of the file, not all.
 
     `where` names file and row, counted from 1. A broken file ends the program with one line. Of a key that is there
     twice the last counts; half a surrogate pair, which is no text, becomes "?".
@@ -344,7 +344,7 @@ def inside(root, name, where):
 
 
 def annotations(path, held_out=False):
-    """Rows of ShareGPT4V, or {"image", "caption"} and maybe "phrases" -> dicts of image, caption, phrases and where.
+    """Rows of ShareGPT4V, or {"image", "caption"} and maybe "phrases" -> dicts of image, caption and phrases.
 
     ShareGPT4V's first HELD_OUT rows are the test set: these alone with `held_out`, all others without.
     """
@@ -407,7 +407,7 @@ def prepare(path, with_phrases):
                 datasets.disable_progress_bars()  # a complaint of a row stands in a line of its own
                 raw = datasets.Dataset.from_generator(annotations, gen_kwargs={"path": str(path)}, fingerprint=folder.name,
                                                       features=datasets.Features(image=text, caption=text, phrases=[text]))
-                if with_phrases and raw[0]["phrases"] is None:
+                if with_phrases and any(row["phrases"] is None and row["caption"].strip() for row in raw):
                     parser()  # complain of what is not installed here, not in a worker
                 datasets.enable_progress_bars()
                 processes = min(len(os.sched_getaffinity(0)), len(raw) // 1000)
@@ -446,7 +446,7 @@ class Captions:
                 break
             except UNREADABLE as error:
                 unreadable.append(f"{self.root / row['image']}: {error}")
-            if len(unreadable) == 20:  # the count of them will end the run
+            if len(unreadable) == 20:  # if this goes on, the count of them ends the run
                 pixels = torch.zeros(3, self.size, self.size)
                 break
             index = rng.randrange(len(self))
@@ -482,7 +482,7 @@ def to_pixels(image, size, whole=False):
 
 
 def random_crop(image, size, rng):
-    """A PIL image, best not decoded yet -> pixels [3, size, size] of RandomResizedCrop(size, scale (0.5, 1)) (SPEC §4)."""
+    """A PIL image, best not decoded yet -> pixels [3, size, size] of RandomResizedCrop(size, scale (0.5, 1)), bilinear (SPEC §4)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.getrandbits(63))
         top, left, height, width = RandomResizedCrop.get_params(image, (0.5, 1), (3 / 4, 4 / 3))
@@ -491,7 +491,7 @@ def random_crop(image, size, rng):
     image.draft("RGB", (math.ceil(full[0] * size / width), math.ceil(full[1] * size / height)))
     x, y = image.size[0] / full[0], image.size[1] / full[1]
     box = (left * x, top * y, (left + width) * x, (top + height) * y)
-    return to_pixels(rgb(image).resize((size, size), Image.Resampling.BICUBIC, box), size)
+    return to_pixels(rgb(image).resize((size, size), Image.Resampling.BILINEAR, box), size)
 
 
 def draw_sentences(count, wanted, rng):

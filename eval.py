@@ -18,7 +18,6 @@ import shutil
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +73,11 @@ def box_embeddings(patches, boxes, image):
 
 
 # ------------------------------------------------------------------------------------------- encoding
+
+def first():
+    """Whether this process is the one that prints."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
 
 def share(count):
     """The part of range(count) that this process works on."""
@@ -229,10 +233,8 @@ def scenes(model, tokenizer, score):
     drawn = [data.scene("test", index) for index in range(data.SPLITS["test"])]
     captions = [". ".join(data.describe(one)[0]) for one in drawn]
     rows = data.scene_boxes()
-    originals = sorted({row["image"] for row in rows})
-    place = {index: at for at, index in enumerate(originals)}
-    splits = {level: [(place[row["image"]], row["box"], row[level]) for row in rows] for level in LEVELS}
-    return (fine_grained(model, tokenizer, data.draw, [drawn[index] for index in originals], splits)
+    splits = {level: [(row["image"] // data.SIBLINGS, row["box"], row[level]) for row in rows] for level in LEVELS}
+    return (fine_grained(model, tokenizer, data.draw, drawn[::data.SIBLINGS], splits)
             | retrieval(model, tokenizer, data.draw, drawn, captions, list(range(len(drawn))), score))
 
 
@@ -292,7 +294,7 @@ def dci(root, caption):
 
 
 def coco(root):
-    path = find(root, "captions_val2017.json", "annotations/captions_val2017.json", "coco/annotations/captions_val2017.json")
+    path = find(root, *(f"{folder}captions_val2017.json" for folder in ("", "annotations/", "coco/", "coco/annotations/")))
     _, whole = next(data.rows(path))
     captions = {}
     for where, row in data.objects(whole, "annotations", path):
@@ -331,14 +333,14 @@ def pairs(name, rows):
         texts += captions
     if not paths:
         raise Missing("there are no images")
-    if len(paths) != RETRIEVAL[name] and share(1):
+    if len(paths) != RETRIEVAL[name] and first():
         print(f"note: {name} has {len(paths)} images here, the published figures are of {RETRIEVAL[name]}", file=sys.stderr)
     return paths, texts, owner
 
 
 def fgovd(root):
     """FG-OVD's files, either format -> paths and the splits that `fine_grained` takes."""
-    place, splits = {}, {}
+    place, splits, folders = {}, {}, [f"{home}{images}" for home in ("", "coco/", "fgovd/", "FG-OVD/") for images in ("", "val2017")]
     for level, names in FGOVD.items():
         file = find(root, *(folder + name for name in names for folder in ("", "fgovd/", "FG-OVD/")))
         splits[level] = []
@@ -350,7 +352,7 @@ def fgovd(root):
             else:
                 parts = [(where, row)]
             for where, one in parts:
-                path = picture(root, ["", "coco", "val2017", "coco/val2017"], data.field(one, "img_path", where), where)
+                path = picture(root, folders, data.field(one, "img_path", where), where)
                 positive, negative = ([x] if isinstance(x, str) else x for x in (one.get("pos_expression"), one.get("neg_expression")))
                 if not all(isinstance(texts, list) and texts and all(isinstance(text, str) and text.strip() for text in texts) for texts in (positive, negative)):
                     data.fail(f"{where}: needs a pos_expression and at least one neg_expression, all texts")
@@ -408,8 +410,8 @@ def evaluate(model, tokenizer, bench, root="data", score="cls", dci_caption="ext
         paths, splits = fgovd(root)
         return fine_grained(model, tokenizer, open_image, paths, splits)
     if bench in RETRIEVAL:
-        rows = {"urban1k": partial(urban1k, root, download), "sv1k": partial(sv1k, root), "dci": partial(dci, root, dci_caption),
-                "coco": partial(coco, root), "flickr30k": partial(flickr30k, root)}[bench]()
+        rows = {"urban1k": urban1k(root, download), "sv1k": sv1k(root), "dci": dci(root, dci_caption), "coco": coco(root),
+                "flickr30k": flickr30k(root)}[bench]  # generators: only the one that is asked for does anything
         return retrieval(model, tokenizer, open_image, *pairs(bench, rows), score)
     return zero_shot(model, tokenizer, torchvision_set(bench, root, download))
 
@@ -491,7 +493,8 @@ def main(argv=None):
     parser.add_argument("--heatmap", nargs="+", metavar=("IMAGE", "QUERY"), help="draw patch–text similarities instead")
     parser.add_argument("--out", default="heat.png", help="where --heatmap draws")
     args = parser.parse_args(argv)
-    benches = [*BENCHES, *CLASSIFICATION] if args.bench == ["all"] else args.bench
+    everything = "all" in args.bench
+    benches = [*BENCHES, *CLASSIFICATION] if everything else args.bench
     for name in benches:
         if name not in BENCHES and name not in TORCHVISION:
             data.fail(f"--bench {name}: neither of {', '.join(BENCHES)}, all, nor a torchvision data set")
@@ -524,29 +527,30 @@ def main(argv=None):
             data.fail(f"--heatmap {image} --out {args.out}: {error}")
         print(args.out)
         return
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    if first:
+    if first():
         print(f"{source}{' (77 text positions, stretched to 248)' if model.stretched else ''}\n{HEADER}")
     results, missing = {}, []
     for name in benches:
         try:
-            results[name] = evaluate(model, tokenizer, name, args.root, args.score, args.dci_caption, download=args.bench != ["all"])
+            results[name] = evaluate(model, tokenizer, name, args.root, args.score, args.dci_caption, download=not everything)
         except Missing as reason:
-            if args.bench != ["all"]:
+            if not everything:
                 data.fail(f"--bench {name}: {reason}")
             missing.append(f"not there: {name} ({reason})")
             continue
         except OSError as error:
             data.fail(f"--bench {name}: {error}")
-        if first:
+        if first():
             print(table({name: results[name]}), flush=True)
             try:
                 if args.json:
                     Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
             except OSError as error:
                 data.fail(f"--json {args.json}: {error}")
-    if first and missing:
+    if first() and missing:
         print("\n".join(missing))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -30,17 +30,17 @@ CHUNK_COST = 400     # what one chunk of texts more costs, in tokens
 SCRATCH = {"tiny": 128, "wide": 256}  # widths of the models of the built-in scenes, trained from scratch
 
 
-def stretch_positions(weight, keep=KEPT):
+def stretch_positions(weight):
     """Text positions for long captions: [77, D] -> [248, D] (SPEC §2).
 
-    The first `keep` rows stay; each other one becomes four, at 0, ¼, ½, ¾ of the way to its right neighbour; the
+    The first KEPT rows stay; each other one becomes four, at 0, ¼, ½, ¾ of the way to its right neighbour; the
     last one has none and goes on in the direction of its left difference.
     """
-    rest = weight[keep:]                                                            # [77 - keep, D]
-    step = torch.cat([rest[1:] - rest[:-1], rest[-1:] - rest[-2:-1]])               # [77 - keep, D]
+    rest = weight[KEPT:]                                                            # [57, D]
+    step = torch.cat([rest[1:] - rest[:-1], rest[-1:] - rest[-2:-1]])               # [57, D]
     quarters = torch.arange(4, dtype=weight.dtype, device=weight.device) / 4
-    between = rest[:, None] + quarters[:, None] * step[:, None]                     # [77 - keep, 4, D]
-    return torch.cat([weight[:keep], between.flatten(0, 1)])
+    between = rest[:, None] + quarters[:, None] * step[:, None]                     # [57, 4, D]
+    return torch.cat([weight[:KEPT], between.flatten(0, 1)])
 
 
 def chunks(lengths):
@@ -58,10 +58,10 @@ def chunks(lengths):
 class Positions(nn.Module):
     """An nn.Embedding of text positions whose first rows are a buffer: no gradient, no weight decay."""
 
-    def __init__(self, weight, keep=KEPT):
+    def __init__(self, weight):
         super().__init__()
-        self.register_buffer("kept", weight[:keep].clone())
-        self.learned = nn.Parameter(weight[keep:].clone())
+        self.register_buffer("kept", weight[:KEPT].clone())
+        self.learned = nn.Parameter(weight[KEPT:].clone())
 
     @property
     def weight(self):
@@ -74,9 +74,9 @@ class Positions(nn.Module):
 class PatchPooler(nn.Module):
     """Each query pools the patches of its image by cross-attention. No residual from the query: it would leak."""
 
-    def __init__(self, dim, heads=8):
+    def __init__(self, dim):
         super().__init__()
-        self.attn = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.attn = nn.MultiheadAttention(dim, num_heads=8, batch_first=True)
         self.ln = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), QuickGELU(), nn.Linear(4 * dim, dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
@@ -107,7 +107,7 @@ def attend(query, key, value, heads, mask=None):
 
 
 class BetaCLIP(nn.Module):
-    """`clip` with 248 text positions, and a fresh patch pooler. `clip` is changed in place."""
+    """`clip`, 77 text positions of which become 248 (others stay), and a fresh patch pooler. `clip` is changed in place."""
 
     def __init__(self, clip):
         super().__init__()
@@ -133,8 +133,8 @@ class BetaCLIP(nn.Module):
 
     @property
     def layers(self):
-        """The transformer layers of both towers."""
-        return [*self.clip.vision_model.encoder.layers, *self.clip.text_model.encoder.layers]
+        """The transformer layers that are called whole: all of both towers but the last, which are spelled out below."""
+        return [*self.clip.vision_model.encoder.layers[:-1], *self.clip.text_model.encoder.layers[:-1]]
 
     @property
     def dim(self):
@@ -323,7 +323,7 @@ def load(source, heads=None):
     """A run's folder, an authors' .pt, or a Hugging Face CLIP (folder or hub name) -> BetaCLIP on the CPU, ready for eval.
 
     `heads`: attention heads of the authors' towers, where a head is not 64 wide.
-    Raises OSError where nothing is, ValueError where something else is.
+    Raises OSError where nothing is, ValueError where something else is; what torch and transformers raise of broken weights.
     """
     path = Path(source)
     if not path.exists() or (path / "config.json").is_file():

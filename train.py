@@ -56,7 +56,7 @@ def arguments(argv=None):
     parser.error = data.fail
     parser.add_argument("--beta", type=float, default=0.5, help="how far other queries of an image count as positives, 0 to 1")
     parser.add_argument("--cal", choices=("ce", "bce", "none"), default="ce", help="β-CAL's form: soft, hard, or plain CLIP")
-    parser.add_argument("--sentences", type=int, help="sentence queries an image (the caption is made of them)")
+    parser.add_argument("--sentences", type=int, help="sentence queries an image; the caption is made of them, with 0 of 5")
     parser.add_argument("--phrases", type=int, help="phrase queries an image, at most")
     parser.add_argument("--batch-size", type=int, help="images a process and micro-step")
     parser.add_argument("--accum", type=int, help="micro-steps a step")
@@ -68,8 +68,8 @@ def arguments(argv=None):
     parser.add_argument("--amp", choices=("bf16", "fp16", "off"), default="bf16" if torch.cuda.is_available() else "off")
     parser.add_argument("--clip", type=float, help="clip the gradient to this norm (the recipe does not)")
     parser.add_argument("--global-negatives", action="store_true", help="β-CAL over the queries of all processes, not of each its own")
-    parser.add_argument("--grad-checkpointing", action="store_true", help="less memory: compute the layers' activations again in the backward pass")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the layers")
+    parser.add_argument("--grad-checkpointing", action="store_true", help="less memory: compute the activations of all layers but the last again in the backward pass")
+    parser.add_argument("--compile", action="store_true", help="torch.compile all layers but the last")
     parser.add_argument("--workers", type=int, help="loader processes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="the run's folder (default: runs/…, named by data, cal, beta and seed)")
@@ -79,7 +79,7 @@ def arguments(argv=None):
     parser.add_argument("--eval-every", type=float, default=1, help="epochs between evaluations on the benchmarks that are there")
     parser.add_argument("--model", help="'tiny', or 'wide', twice as wide, from scratch; or a Hugging Face CLIP: its hub name or a folder")
     parser.add_argument("--data", default="scenes", help="scenes, sharegpt4v, or a file: JSON (lines) of {image, caption}")
-    parser.add_argument("--root", default="data", help="the folder that image names start from, and sharegpt4v's file lies in")
+    parser.add_argument("--root", default="data", help="the folder that image names start from, and where sharegpt4v's file and the benchmarks lie")
     args = parser.parse_args(argv)
     for name, value in DEFAULTS["scenes" if args.data == "scenes" else "sharegpt4v"].items():
         if getattr(args, name, None) is None:
@@ -208,6 +208,8 @@ def main(argv=None):
             tokenizer = models.load_tokenizer(args.model, model)
     except Exception as error:  # torch's, transformers' and safetensors' have no ancestor in common
         data.fail(f"--model {args.model}: {data.reason(error)}")
+    if model.context < data.CONTEXT:
+        data.fail(f"--model {args.model}: it reads {model.context} tokens, training needs {data.CONTEXT}; a CLIP's usual 77 are stretched")
     model = model.to(device, memory_format=torch.channels_last)
     wanted = dict(sentences=args.sentences, phrases=args.phrases, seed=args.seed, captions_only=args.cal == "none")
     if args.data == "scenes":
@@ -291,8 +293,12 @@ def main(argv=None):
         results = {}
         with on_signals(lambda number: sys.exit(128 + number)):  # the step is saved, and the evaluation comes again
             for bench in ["scenes"] if args.data == "scenes" else evaluation.BENCHES[1:]:
-                with contextlib.suppress(evaluation.Missing):
+                try:
                     results[bench] = evaluation.evaluate(model, tokenizer, bench, args.root)
+                except evaluation.Missing as why:
+                    if rank == 0 and bench not in missing:
+                        tqdm.write(f"note: {bench} is not measured: {why}", file=sys.stderr)
+                    missing.add(bench)
         figures = [score for scores in results.values() for metric, score in scores.items() if not metric.endswith(("@5", "@10"))]
         if rank == 0:
             write(step=step, epoch=seen / len(samples), eval=results)
@@ -317,7 +323,7 @@ def main(argv=None):
     if not resumed:
         keep(0, evaluate)  # from here on the folder is this run's
     bar = tqdm(total=start["step"] + left, initial=start["step"], disable=rank > 0, dynamic_ncols=True)
-    unreadable, drawn = collections.Counter(), 0
+    unreadable, drawn, missing = collections.Counter(), 0, set()
     bad, over = torch.zeros(2, device=device)  # steps in a row whose gradient was not finite; steps since these were too many
     skipped = torch.zeros((), device=device)
     results = measure(start["step"]) if evaluate else {}
@@ -326,7 +332,8 @@ def main(argv=None):
 
     batches = data.Batches(len(samples), args.batch_size, seen, seen + left * per_step, rank, world, args.seed)
     loader = DataLoader(samples, batch_sampler=batches, collate_fn=partial(data.collate, tokenizer=tokenizer),
-                        num_workers=args.workers, pin_memory=cuda, worker_init_fn=outlive_signals)
+                        num_workers=args.workers, pin_memory=cuda, worker_init_fn=outlive_signals,
+                        generator=torch.Generator())  # its own: at each start it takes a number, and the global one is resumed
     with on_signals(came.append), contextlib.closing(batch for batch in loader) as loader:  # closed, its processes end
         for step in range(start["step"] + 1, start["step"] + left + 1):
             at = seen / per_step

@@ -10,9 +10,9 @@ import datasets
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import RandomResizedCrop
 
 import data
-import model as models
 import train
 
 ROOT = Path(data.__file__).parent
@@ -160,6 +160,9 @@ def test_without_spacy_one_line_says_what_to_install(tmp_path, capsys, no_pipeli
     error = refused(capsys, lambda: captions(path, phrases=30))
     assert "python -m spacy download en_core_web_sm" in error and "--phrases 0" in error
     assert len(captions(path)) == 1
+    capsys.readouterr()
+    rows = [{"image": "a.jpg", "caption": "A dog.", "phrases": ["dog"]}, *[{"image": "a.jpg", "caption": "A dog."}] * 2100]
+    assert refused(capsys, lambda: captions(write(path, rows), phrases=30)) == error  # here too, where several processes would parse
 
 
 def test_a_draw_has_the_phrases_of_its_sentences_by_kind(tmp_path):
@@ -190,72 +193,18 @@ def test_a_caption_of_a_thousand_words_and_a_long_phrase_are_cut(tmp_path, token
     assert all(text[-1] == tokenizer.eos_token_id for text in tokens.split(lengths.tolist()))
 
 
-def unusual(folder):
-    """Images that are good, if unusual."""
-    rng, folder = random.Random(0), Path(folder)
-    noise = Image.frombytes("RGB", (60, 50), rng.randbytes(9000))
-    noise.convert("CMYK").save(folder / "cmyk.jpg")
-    noise.convert("P").save(folder / "palette.png")
-    noise.convert("LA").save(folder / "alpha.png")
-    noise.convert("1").save(folder / "bits.png")
-    noise.save(folder / "animated.gif", save_all=True, append_images=[noise.rotate(90)])
-    Image.frombytes("I;16", (60, 50), rng.randbytes(6000)).save(folder / "deep.png")
-    noise.resize((1, 1)).save(folder / "one.png")
-    noise.resize((20000, 20)).save(folder / "wide.png")
-    return sorted(path.name for path in folder.iterdir())
-
-
-def broken(folder):
-    """Images that are not."""
-    folder = Path(folder)
-    picture(folder / "whole.jpg")
-    whole = (folder / "whole.jpg").read_bytes()
-    (folder / "cut.jpg").write_bytes(whole[:len(whole) // 2])
-    (folder / "zero.jpg").write_bytes(b"")
-    (folder / "page.jpg").write_text("<html>404</html>")
-    Image.new("L", (30, 30)).save(folder / "cut.png")
-    png = bytearray((folder / "cut.png").read_bytes())
-    png[40:44] = b"\0\0\0\0"
-    (folder / "cut.png").write_bytes(png)
-    (folder / "whole.jpg").unlink()
-    return sorted(path.name for path in folder.iterdir())
-
-
-def test_unusual_images_are_read(tmp_path):
-    names = unusual(tmp_path)
-    samples = captions(write(tmp_path / "a.json", [{"image": name, "caption": "x"} for name in names]), tmp_path)
-    for index, name in enumerate(names):
-        pixels, _, _, unreadable = samples[(0, index)]
-        assert pixels.shape == (3, 32, 32) and pixels.isfinite().all() and not unreadable, name
-        assert name == "one.png" or pixels.std() > .1, name  # not clipped to one colour
-
-
-def test_16_bits_are_scaled(tmp_path):
-    Image.frombytes("I;16", (1, 2), (0x8000).to_bytes(2, "little") * 2).save(tmp_path / "deep.png")
-    assert data.rgb(Image.open(tmp_path / "deep.png")).getpixel((0, 0)) == (128, 128, 128)
-
-
-def test_an_unreadable_image_is_replaced_and_named(tmp_path):
-    names = broken(tmp_path)
-    picture(tmp_path / "good.jpg", seed=5)
-    samples = captions(write(tmp_path / "a.json", [{"image": name, "caption": name} for name in [*names, "gone.jpg", *["good.jpg"] * 9]]), tmp_path)
-    for index, name in enumerate([*names, "gone.jpg"]):
-        pixels, texts, _, unreadable = samples[(0, index)]
-        assert texts[0] == "good.jpg" and unreadable[0].startswith(f"{tmp_path / name}: ") and pixels.std() > .1
-
-
-def test_large_jpegs_are_cropped_as_torchvision_does(tmp_path):
+@pytest.mark.parametrize("name, most", [("a.png", .001), ("a.jpg", .03)])
+def test_images_are_cropped_as_torchvision_does(tmp_path, name, most):
     noise = Image.frombytes("RGB", (12, 8), random.Random(0).randbytes(288)).resize((1200, 800), Image.Resampling.BICUBIC)
-    noise.save(tmp_path / "a.jpg", quality=95)
+    noise.save(tmp_path / name, quality=95)
     for seed in range(5):
-        with Image.open(tmp_path / "a.jpg") as image:
+        with Image.open(tmp_path / name) as image:
             ours = data.random_crop(image, 64, random.Random(seed))
-            assert image.size == (150, 100)  # decoded at an eighth, which has 64 pixels across the crop
-        from torchvision.transforms import InterpolationMode, RandomResizedCrop
+            assert image.size == ((150, 100) if name == "a.jpg" else (1200, 800))  # a JPEG is decoded at an eighth, which has 64 pixels across the crop
         with torch.random.fork_rng():
             torch.manual_seed(random.Random(seed).getrandbits(63))
-            theirs = RandomResizedCrop(64, (0.5, 1), interpolation=InterpolationMode.BICUBIC)(Image.open(tmp_path / "a.jpg"))
-        assert (ours - data.to_pixels(theirs, 64)).abs().mean() < .03
+            theirs = RandomResizedCrop(64, (0.5, 1))(Image.open(tmp_path / name))
+        assert (ours - data.to_pixels(theirs, 64)).abs().mean() < most
 
 
 ROWS = {  # rows that end the program, and what the one line names
@@ -263,12 +212,8 @@ ROWS = {  # rows that end the program, and what the one line names
     "no caption": ([{"image": "a.jpg", "caption": "x"}, {"image": "a.jpg", "captions": "x"}], ["row 2", "'caption'"]),
     "a caption that is no text": ([{"image": "a.jpg", "caption": 7}], ["row 1", "'caption'", "7"]),
     "an image that is no text": ([{"image": None, "caption": "x"}], ["row 1", "'image'"]),
-    "a path out of the root": ([{"image": "../../etc/passwd.jpg", "caption": "x"}], ["row 1", "out of the root"]),
-    "an absolute path": ([{"image": "/etc/passwd", "caption": "x"}], ["row 1", "out of the root"]),
     "phrases that are no list": ([{"image": "a.jpg", "caption": "x", "phrases": "red dog"}], ["row 1", "'phrases'"]),
-    "a row that is no object": ([{"image": "a.jpg", "caption": "x"}, "x"], ["row 2", "object"]),
     "no rows": ([], ["no rows"]),
-    "a text": ("hello", ["row 1", "object"]),
     "only held-out rows": ([{"image": "a.jpg", "conversations": [{"from": "gpt", "value": "x"}]}], ["no row to train on"]),
     "no answer": ([{"image": "a.jpg", "conversations": [{"from": "human", "value": "x"}]}] * 1001, ["row 1001", "'caption'"]),
 }
@@ -282,14 +227,6 @@ def test_bad_rows_end_in_one_line(tmp_path, capsys, case):
     assert str(path) in error and all(name in error for name in names), error
 
 
-@pytest.fixture
-def clip(tmp_path, tokenizer):
-    """A folder as of a Hugging Face CLIP."""
-    torch.manual_seed(0)
-    models.export(models.tiny(tokenizer), tokenizer, tmp_path / "clip")
-    return tmp_path / "clip"
-
-
 def test_training_on_a_file_of_captions(tmp_path, clip, capsys):
     rows = [{"image": f"images/{i}.jpg", "caption": f"A red star {i}. A blue circle. A green cross", "phrases": ["red star"]} for i in range(40)]
     for i in range(40):
@@ -301,7 +238,9 @@ def test_training_on_a_file_of_captions(tmp_path, clip, capsys):
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "eval" not in line]
     assert lines[-1]["step"] == 12 and lines[-1]["unreadable"] >= 2
-    assert capsys.readouterr().err.count(f"another sample is taken: {tmp_path}/images/7.jpg") == 1  # named once
+    said = capsys.readouterr().err
+    assert said.count(f"another sample is taken: {tmp_path}/images/7.jpg") == 1  # named once
+    assert said.count("note: coco is not measured: there is no captions_val2017.json") == 1
 
 
 def test_a_run_with_too_many_unreadable_images_stops(tmp_path, clip, capsys):

@@ -165,6 +165,15 @@ def test_fgovd_equals_one_box_at_a_time_in_both_formats(root, clip, tmp_path, ca
         assert scores == pytest.approx({level: one_box_at_a_time(clip, root, rows[level]) for level in rows})
 
 
+@pytest.mark.parametrize("bench, files", [("coco", ["captions_val2017.json"]), ("fgovd", [names[0] for names in evaluation.FGOVD.values()])])
+def test_a_set_may_lie_in_a_folder_of_its_own(root, clip, tmp_path, capsys, bench, files):
+    shutil.copytree(root / "val2017", tmp_path / bench / "val2017")
+    for name in files:
+        shutil.copy(root / name, tmp_path / bench)
+    apart, together = (run(capsys, "--bench", bench, "--root", at, "--ckpt", clip) for at in (tmp_path, root))
+    assert apart == together
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data")
 def test_real_rows(clip, tmp_path, capsys):
     sizes = {}

@@ -321,6 +321,14 @@ def test_a_model_that_is_broken(tmp_path, capfd, clip, kind):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_of_a_short_context_is_not_trained(tmp_path, capfd, clip):
+    shutil.copytree(clip, tmp_path / "clip")
+    edit("config.json", lambda config: config["text_config"].update(max_position_embeddings=64))(tmp_path / "clip")
+    weights(lambda tensors: tensors | {(name := "text_model.embeddings.position_embedding.weight"): tensors[name][:64].clone()})(tmp_path / "clip")
+    assert "it reads 64 tokens, training needs 248" in refused(capfd, train, *QUICK, "--model", tmp_path / "clip", "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 # --------------------------------------------------------------------------------------- annotation files
 
 DEEP = "[" * 100_000
@@ -506,7 +514,8 @@ def resized(pixels, size, middle):
     height, width, _ = pixels.shape
     wide, high = (int(size * side / min(height, width)) if middle else size for side in (width, height))
     left, top = round((wide - size) / 2), round((high - size) / 2)
-    small = np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).resize((wide, high), Image.Resampling.BICUBIC)) / 255
+    how = Image.Resampling.BICUBIC if middle else Image.Resampling.BILINEAR  # as in evaluation, as in training
+    small = np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).resize((wide, high), how)) / 255
     small = small[top:top + size, left:left + size]
     mean, std = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
     return torch.tensor((small - mean) / std, dtype=torch.float32).permute(2, 0, 1)

@@ -1,4 +1,4 @@
-"""Whole runs: the loop, its schedules, its folder, two ranks, and what it says to impossible arguments."""
+"""Whole runs: the loop, its schedules, its folder, two ranks."""
 
 import json
 import subprocess

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 from pathlib import Path
@@ -87,6 +88,18 @@ def test_a_kill_between_the_two_renames(tmp_path, quick, monkeypatch):
     assert (saved(tmp_path / "cut", "previous.pt")["step"], saved(tmp_path / "cut")["step"]) == (2, 4)  # the last two are kept
     os.replace(tmp_path / "cut/checkpoint.pt", tmp_path / "cut/previous.pt")
     train.main(f"{FLAGS} --max-steps 6 --resume --out {tmp_path / 'cut'}".split())
+    assert kill.lines(tmp_path / "cut") == kill.lines(tmp_path / "whole") and equal(saved(tmp_path / "cut"), saved(tmp_path / "whole"))
+
+
+def test_dropout_goes_on_as_it_would_have(tmp_path, quick, monkeypatch, clip):
+    shutil.copytree(clip, tmp_path / "clip")
+    config = json.loads((clip / "config.json").read_text())
+    config["text_config"]["attention_dropout"] = config["vision_config"]["attention_dropout"] = 0.3
+    (tmp_path / "clip/config.json").write_text(json.dumps(config))
+    flags = f"{FLAGS} --max-steps 6 --model {tmp_path / 'clip'} --out"
+    train.main(f"{flags} {tmp_path / 'whole'}".split())
+    breaks_off(monkeypatch, f"{flags} {tmp_path / 'cut'}", 6)
+    train.main(f"{flags} {tmp_path / 'cut'}".split())
     assert kill.lines(tmp_path / "cut") == kill.lines(tmp_path / "whole") and equal(saved(tmp_path / "cut"), saved(tmp_path / "whole"))
 
 
