@@ -340,7 +340,8 @@ def pairs(name, rows):
 
 def fgovd(root):
     """FG-OVD's files, either format -> paths and the splits that `fine_grained` takes."""
-    place, splits, folders = {}, {}, [f"{home}{images}" for home in ("", "coco/", "fgovd/", "FG-OVD/") for images in ("", "val2017")]
+    folders = [home + images for home in ("", "coco/", "fgovd/", "FG-OVD/") for images in ("", "val2017")]
+    place, splits = {}, {}
     for level, names in FGOVD.items():
         file = find(root, *(folder + name for name in names for folder in ("", "fgovd/", "FG-OVD/")))
         splits[level] = []
