@@ -1,31 +1,30 @@
-"""Evaluate a β-CLIP: retrieval with CLS against EOS, fine-grained discrimination with patches (SPEC §7).
+"""Evaluate a β-CLIP: retrieval by CLS and EOS, fine-grained discrimination by patches (paper, section 5).
 
     python eval.py --bench scenes                                  # the latest run under runs/
-    python eval.py --bench urban1k fgovd --root DATA --ckpt RUN --json scores.json
-    python eval.py --bench all --root DATA                         # what is there; what is not is listed
-    torchrun --nproc_per_node 8 eval.py --bench coco --root DATA   # each sample once, whatever the number of processes
-    python eval.py --heatmap IMAGE "a red star" "a blue circle" --out heat.png
+    python eval.py --bench urban1k fgovd --root DATA --ckpt RUN    # --bench all: those that are there
+    python eval.py --bench pairs.jsonl --root IMAGES --ckpt RUN    # retrieval on your own images and captions
+    torchrun --nproc_per_node 8 eval.py --bench coco --root DATA   # on several processes
+    python eval.py --heatmap IMAGE "a red star" "a blue circle" --ckpt RUN OTHER_RUN --out heat.png
 
 --ckpt takes a run's folder, an authors' .pt, or a Hugging Face CLIP (hub name or folder).
 """
 
-import argparse
-import contextlib
-import inspect
 import json
 import os
-import shutil
 import sys
+import textwrap
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
+import torchvision.datasets
 from filelock import FileLock
+from huggingface_hub import hf_hub_download
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import roi_align
@@ -34,525 +33,492 @@ from tqdm import tqdm
 import data
 import model as models
 
-LEVELS = ("hard", "medium", "easy", "trivial")
 BATCH = 256  # images, or texts, encoded at a time
-TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a close-up photo of a {}.", "a photo of a small {}.", "a photo of a large {}.")
 
 
-# -------------------------------------------------------------------------------------------- metrics
+# ---------------------------------------------------------------------------------------------- metrics
 
 def recall(similarity, owner, ks=(1, 5, 10)):
     """R@k in per cent, text to image and image to text.
 
-    similarity [T, I]: texts by images; owner [T]: each text's image. Images may have several texts: the best
-    counts. Ties, and NaN, count against the model, so that equal scores earn nothing.
+    similarity [T, I]: texts by images; owner [T]: each text's image, whose best text counts. Ties, and NaN,
+    count against the model, so that equal scores earn nothing.
     """
-    own = similarity.gather(1, owner[:, None])                                       # [T, 1]
-    t2i = (~(similarity < own)).sum(1) - 1                                           # [T] rank of the image, from 0
-    mine = owner[:, None] == torch.arange(similarity.shape[1], device=owner.device)  # [T, I]
-    best = similarity.masked_fill(~mine, -torch.inf).amax(0)                         # [I]
-    i2t = (~(similarity.masked_fill(mine, -torch.inf) < best)).sum(0)                # [I]
-    return {f"{name} R@{k}": 100 * (rank < k).double().mean().item() for name, rank in (("T2I", t2i), ("I2T", i2t)) for k in ks}
+    own = similarity.gather(1, owner[:, None])                                         # [T, 1]
+    t2i = (~(similarity < own)).sum(1) - 1                                             # [T] rank of the image
+    is_own = owner[:, None] == torch.arange(similarity.shape[1], device=owner.device)  # [T, I]
+    best = similarity.masked_fill(~is_own, -torch.inf).amax(0)                         # [I]
+    i2t = (~(similarity.masked_fill(is_own, -torch.inf) < best)).sum(0)                # [I] rank of a text
+    return {f"{name} R@{k}": 100 * (rank < k).double().mean().item()
+            for name, rank in (("T2I", t2i), ("I2T", i2t)) for k in ks}
 
 
 def hits(scores):
-    """scores [R, E], the positive first (-inf where a row has fewer) -> [R] bool. A tie counts as a hit (SPEC §7)."""
+    """scores [R, E], the positive first (-inf where a row has fewer) -> [R] bool. A tie is a hit."""
     return scores[:, 0] >= scores[:, 1:].amax(1)
 
 
 def box_embeddings(patches, boxes, image):
-    """RoIAlign of boxes on the patch grid, L2-normalised (FG-OVD's protocol, SPEC §7).
+    """RoIAlign of boxes on the grid of patches, L2-normalised (FG-OVD's protocol).
 
     patches [B, P, D]; boxes [R, 4] (x, y, w, h) as fractions of the image; image [R]: index into B -> [R, D]
     """
     side = int(patches.shape[1] ** 0.5)
-    grid = patches.transpose(1, 2).unflatten(2, (side, side))                        # [B, D, side, side]
+    grid = patches.transpose(1, 2).unflatten(2, (side, side))                         # [B, D, side, side]
     corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1) * side
-    rois = torch.cat([image[:, None].to(corners), corners], dim=1)                   # [R, 5]
-    return F.normalize(roi_align(grid, rois, output_size=1, sampling_ratio=-1, aligned=True).flatten(1), dim=-1)
+    rois = torch.cat([image[:, None].to(corners), corners], dim=1)                    # [R, 5]
+    regions = roi_align(grid, rois, output_size=1, sampling_ratio=-1, aligned=True)   # [R, D, 1, 1]
+    return F.normalize(regions.flatten(1), dim=-1)
 
 
-# ------------------------------------------------------------------------------------------- encoding
+# --------------------------------------------------------------------------------------------- encoding
 
-def first():
-    """Whether this process is the one that prints."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+def rank_and_world():
+    """This process's rank, and the number of processes."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def share(count):
+def is_main():
+    """Whether this process is the one that prints and writes."""
+    return rank_and_world()[0] == 0
+
+
+def shard(count):
     """The part of range(count) that this process works on."""
-    return range(dist.get_rank(), count, dist.get_world_size()) if dist.is_initialized() else range(count)
+    rank, world = rank_and_world()
+    return range(rank, count, world)
 
 
-def joined(rows):
-    """Rows that are zero but for this process's share -> all processes' rows, on every one."""
+def sum_over_ranks(rows):
+    """Rows that are zero but for this process's shard -> the rows of all processes, on each of them."""
     if dist.is_initialized():
         dist.all_reduce(rows)
     return rows
 
 
 def embed_texts(model, tokenizer, texts):
-    """Texts (list of N str) -> [N, D], normalised. Equal ones are encoded once, ones of like length together."""
-    place = {text: row for row, text in enumerate(sorted(set(texts), key=lambda text: (len(text), text)))}
-    unique, rows = list(place), torch.zeros(len(place), model.dim, device=model.device)
-    mine = share(len(unique))
-    for at in range(0, len(mine), BATCH):
-        part = mine[at:at + BATCH]
-        rows[part] = model.encode_text(data.tokenize(tokenizer, [unique[row] for row in part], [model.context] * len(part))).float()
-    return F.normalize(joined(rows), dim=-1)[[place[text] for text in texts]]
+    """Texts (list of N str) -> [N, D], normalised. Each distinct text is encoded once."""
+    row = {text: number for number, text in enumerate(sorted(set(texts), key=lambda text: (len(text), text)))}
+    distinct, rows = list(row), torch.zeros(len(row), model.dim, device=model.device)
+    own = shard(len(distinct))
+    for start in range(0, len(own), BATCH):
+        part = own[start:start + BATCH]
+        ids = data.tokenize(tokenizer, [distinct[i] for i in part], [model.context] * len(part))
+        rows[part] = model.encode_text(models.pack(ids).to(model.device))
+    return F.normalize(sum_over_ranks(rows), dim=-1)[[row[text] for text in texts]]
 
 
 def encode_images(model, load, items, whole=False):
-    """This process's share of `items`, `load(item)` -> PIL image, read ahead by threads, each encoded once.
+    """Encode this process's shard of `items`; threads read ahead. `load(item)` -> PIL image.
 
     Yields positions in `items` (list of b), their sizes in pixels [b, 2], cls [b, D], patches [b, P, D].
     """
-    def read(item):
-        image = load(item)
+    def read(position):
+        image = load(items[position])
         return image.size, data.to_pixels(image, model.image_size, whole)
 
-    mine = share(len(items))
-    parts = [list(mine[at:at + BATCH]) for at in range(0, len(mine), BATCH)]
-    with ThreadPoolExecutor(min(16, os.cpu_count())) as pool:
-        ahead = [[pool.submit(read, items[i]) for i in part] for part in parts[:1]]
-        for number, part in enumerate(tqdm(parts, desc="images", disable=len(parts) < 8 or mine.start > 0)):
-            jobs = ahead.pop()
-            ahead += [[pool.submit(read, items[i]) for i in part] for part in parts[number + 1:number + 2]]
-            try:
-                sizes, pixels = zip(*(job.result() for job in jobs))
-            except data.UNREADABLE as error:
-                data.fail(error)
-            yield part, torch.tensor(sizes, device=model.device), *model.encode_image(torch.stack(pixels).to(model.device))
+    own = shard(len(items))
+    parts = [own[start:start + BATCH] for start in range(0, len(own), BATCH)]
+    with ThreadPoolExecutor() as pool:
+        ahead = pool.map(read, parts[0]) if parts else ()
+        for number, part in enumerate(tqdm(parts, desc="images", disable=len(parts) < 8 or not is_main())):
+            sizes, pixels = zip(*ahead)
+            ahead = pool.map(read, parts[number + 1]) if number + 1 < len(parts) else ()
+            pixels = data.normalize(torch.stack(pixels).to(model.device))
+            yield list(part), torch.tensor(sizes, device=model.device), *model.encode_image(pixels)
 
 
-# ------------------------------------------------------------------------------------------ protocols
+# -------------------------------------------------------------------------------------------- protocols
 
-def pooled_similarity(model, texts, patches):
-    """texts [T, D], patches [b, P, D] -> [b, T]: each image pooled by each text, against that text, in tiles."""
-    def one(image, tile):
-        pooled = model.pooler(tile, torch.zeros(len(tile), dtype=torch.long), image[None])  # [t, D]
-        return (F.normalize(pooled, dim=-1) * tile).sum(1)
-
-    return torch.stack([torch.cat([one(image, tile) for tile in texts.split(BATCH)]) for image in patches])
-
-
-def retrieval(model, tokenizer, load, items, texts, owner, score="cls"):
-    """R@k over the whole set; `owner` (list): each text's place in `items`. `score`: cls, or pooled by the text."""
-    texts = embed_texts(model, tokenizer, texts)                                          # [T, D]
-    rows = torch.zeros(len(items), len(texts) if score == "pooled" else model.dim, device=model.device)
-    for at, _, cls, patches in encode_images(model, load, items):
-        rows[at] = pooled_similarity(model, texts, patches) if score == "pooled" else F.normalize(cls, dim=-1)
-    rows = joined(rows)
-    return recall(rows.T if score == "pooled" else texts @ rows.T, torch.tensor(owner, device=model.device))
+def retrieval(model, tokenizer, load, items, texts, owner):
+    """R@k over a whole set, CLS against EOS. owner (list): each text's place in `items`."""
+    texts = embed_texts(model, tokenizer, texts)                                      # [T, D]
+    images = torch.zeros(len(items), model.dim, device=model.device)                  # [I, D]
+    for part, _, cls, _ in encode_images(model, load, items):
+        images[part] = F.normalize(cls, dim=-1)
+    return recall(texts @ sum_over_ranks(images).T, torch.tensor(owner, device=model.device))
 
 
 def fine_grained(model, tokenizer, load, items, splits):
-    """FG-OVD: splits {name: [(place in items, box (x, y, w, h) in pixels, [positive, *negatives])]} -> {name: accuracy}.
+    """FG-OVD: each image and each expression is encoded once for all splits -> {split: accuracy in per cent}.
 
-    Each image and each expression is encoded once for all splits.
+    splits: {split: [(place in items, box (x, y, w, h) in pixels, [positive, *negatives])]}
     """
-    every = [row for split in splits.values() for row in split]
-    boxes = torch.tensor([row[1] for row in every], dtype=torch.float32, device=model.device)  # [R, 4]
-    of = {}
-    for number, row in enumerate(every):
-        of.setdefault(row[0], []).append(number)
-    regions = torch.zeros(len(every), model.dim, device=model.device)
-    for at, sizes, _, patches in encode_images(model, load, items, whole=True):
-        rows = [number for i in at for number in of[i]]
-        image = torch.tensor([k for k, i in enumerate(at) for _ in of[i]], device=model.device)
-        parts = boxes[rows] / sizes[image].repeat(1, 2)
-        first, last = parts[:, :2], parts[:, :2] + parts[:, 2:]
-        # RoIAlign would make zeros of a box outside, which tie, and so hit; and work for ages on a huge one
-        for row in (~((first.clamp(min=0) < last.clamp(max=1)) & (first >= -1) & (last <= 2)).all(1)).nonzero()[:1, 0].tolist():
-            data.fail(f"{items[at[image[row]]]}: the box {every[rows[row]][1]} lies outside of the image, or reaches far out of it")
-        regions[rows] = box_embeddings(patches, parts, image)
-    regions = joined(regions)                                                                  # [R, D]
-    place = {}
-    which = [torch.tensor([place.setdefault(text, len(place)) for text in row[2]]) for row in every]
-    which = pad_sequence(which, batch_first=True, padding_value=-1).to(model.device)           # [R, E]
-    expressions = embed_texts(model, tokenizer, list(place))
-    scores = torch.cat([(expressions[w] @ r[:, :, None]).squeeze(2) for w, r in zip(which.split(BATCH), regions.split(BATCH))])
-    good = hits(scores.masked_fill(which < 0, -torch.inf)).double().split([len(split) for split in splits.values()])
-    return {name: 100 * part.mean().item() for name, part in zip(splits, good)}
+    rows = [row for split in splits.values() for row in split]
+    boxes = torch.tensor([box for _, box, _ in rows], dtype=torch.float32, device=model.device)    # [R, 4]
+    rows_of = {}
+    for number, (place, _, _) in enumerate(rows):
+        rows_of.setdefault(place, []).append(number)
+    regions = torch.zeros(len(rows), model.dim, device=model.device)
+    for part, sizes, _, patches in encode_images(model, load, items, whole=True):
+        own = [number for place in part for number in rows_of[place]]
+        image = torch.tensor([i for i, place in enumerate(part) for _ in rows_of[place]], device=model.device)
+        regions[own] = box_embeddings(patches, boxes[own] / sizes[image].repeat(1, 2), image)
+    regions = sum_over_ranks(regions)                                                 # [R, D]
+    for number in (regions.norm(dim=1) == 0).nonzero()[:1, 0].tolist():  # which would tie, and so hit
+        raise data.InputError(f"{items[rows[number][0]]}: box {rows[number][1]} lies outside of the image")
+
+    row = {}
+    expressions = [torch.tensor([row.setdefault(text, len(row)) for text in texts]) for *_, texts in rows]
+    expressions = pad_sequence(expressions, batch_first=True, padding_value=-1).to(model.device)  # [R, E]
+    texts = embed_texts(model, tokenizer, list(row))
+    scores = torch.cat([(texts[e] @ r[:, :, None]).squeeze(2)
+                        for e, r in zip(expressions.split(BATCH), regions.split(BATCH))])         # [R, E]
+    good = hits(scores.masked_fill(expressions < 0, -torch.inf)).double()
+    good = good.split([len(split) for split in splits.values()])
+    return {split: 100 * part.mean().item() for split, part in zip(splits, good)}
+
+
+def pointing(model, tokenizer, images, descriptions):
+    """How often a description is most similar, in the mean, to the patches of its own quarter, in per cent.
+
+    descriptions: of the four quarters of each image, in the order of data.PLACES, one flat list
+    """
+    texts = embed_texts(model, tokenizer, descriptions).unflatten(0, (-1, 4))         # [I, 4, D]
+    found = torch.zeros(len(images), device=model.device)
+    for part, _, _, patches in encode_images(model, data.draw, images):
+        heat = texts[part] @ F.normalize(patches, dim=-1).transpose(1, 2)             # [b, 4, P]
+        half = int(heat.shape[2] ** 0.5) // 2
+        quarters = F.avg_pool2d(heat.unflatten(2, (2 * half, 2 * half)), half).flatten(2)         # [b, 4, 4]
+        found[part] = (quarters.argmax(2) == torch.arange(4, device=heat.device)).float().mean(1)
+    return 100 * sum_over_ranks(found).mean().item()
+
+
+TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a close-up photo of a {}.", "a photo of a small {}.",
+             "a photo of a large {}.")
 
 
 def zero_shot(model, tokenizer, dataset):
-    """Classification with prompts of the class names, TEMPLATES averaged, on a torchvision data set -> top-1, top-5."""
-    names = [(name if isinstance(name, str) else name[0]).replace("_", " ") for name in getattr(dataset, "classes", None) or dataset.categories]
-    prompts = embed_texts(model, tokenizer, [template.format(name) for name in names for template in TEMPLATES])
-    prompts = F.normalize(prompts.unflatten(0, (len(names), -1)).mean(1), dim=-1)              # [C, D]
-    label = {}
+    """Classification by the mean of prompts of the class names, on a torchvision data set -> top-1, top-5."""
+    names = [(name if isinstance(name, str) else name[0]).replace("_", " ") for name in dataset.classes]
+    prompts = embed_texts(model, tokenizer, [prompt.format(name) for name in names for prompt in TEMPLATES])
+    prompts = F.normalize(prompts.unflatten(0, (len(names), -1)).mean(1), dim=-1)     # [C, D]
+    label, ranks = {}, torch.zeros(len(dataset), device=model.device)
 
     def load(item):
         image, label[item] = dataset[item]
         return image
 
-    ranks = torch.zeros(len(dataset), device=model.device)
-    for at, _, cls, _ in encode_images(model, load, range(len(dataset))):
-        scores = F.normalize(cls, dim=-1) @ prompts.T                                          # [b, C]
-        own = scores.gather(1, torch.tensor([[label[i]] for i in at], device=model.device))
-        ranks[at] = ((~(scores < own)).sum(1) - 1).float()                                     # ties count against, as in recall
-    ranks = joined(ranks)
+    for part, _, cls, _ in encode_images(model, load, range(len(dataset))):
+        scores = F.normalize(cls, dim=-1) @ prompts.T                                 # [b, C]
+        own = scores.gather(1, torch.tensor([[label[item]] for item in part], device=model.device))
+        ranks[part] = ((~(scores < own)).sum(1) - 1).float()                          # ties count against
+    ranks = sum_over_ranks(ranks)
     return {f"top-{k}": 100 * (ranks < k).double().mean().item() for k in (1, 5)}
 
 
-# ----------------------------------------------------------------------------------------- benchmarks
+# ------------------------------------------------------------------------------------------- benchmarks
 
-class Missing(Exception):
-    """A benchmark's data are not there."""
-
-
-def find(root, *names):
-    """The first of some files or folders under root that is there."""
-    for name in names:
-        if (Path(root) / name).exists():
-            return Path(root) / name
-    raise Missing(f"there is no {' or '.join(names)} under {root}")
-
-
-def picture(root, folders, name, where):
-    """The path of image `name`, in the first of `folders` under root that has it."""
-    paths = [data.inside(Path(root) / folder, name, where) for folder in folders]
-    for path in paths:
-        if os.path.isfile(path):
-            return path
-    raise Missing(f"{where}: there is no image {paths[0]}")
+def scenes(model, tokenizer, split="test"):
+    """The built-in benchmark: FG-OVD's protocol and `pointing` on the original scenes, retrieval on all."""
+    drawn = [data.scene(split, index) for index in range(data.SPLITS[split])]
+    rows, originals = data.scene_boxes(split), drawn[::data.SIBLINGS]
+    levels = {level: [(row["image"], row["box"], row[level]) for row in rows] for level in FGOVD}
+    scores = fine_grained(model, tokenizer, data.draw, originals, levels)
+    scores["pointing"] = pointing(model, tokenizer, originals, [row["hard"][0] for row in rows])
+    captions = [". ".join(data.describe(scene)[0]) for scene in drawn]
+    return scores | retrieval(model, tokenizer, data.draw, drawn, captions, range(len(drawn)))
 
 
-def open_image(path):
-    """The image as RGB. OSError, which names it, where it is unreadable."""
-    try:
-        with Image.open(path) as image:
-            return data.rgb(image)
-    except data.UNREADABLE as error:
-        raise OSError(f"{path}: unreadable image ({error})") from error
+# Each reader yields (image, its captions); an image is the name of a file under `root`.
 
-
-def scenes(model, tokenizer, score):
-    """The built-in benchmark: retrieval over all test scenes, FG-OVD's protocol on the objects of the originals."""
-    drawn = [data.scene("test", index) for index in range(data.SPLITS["test"])]
-    captions = [". ".join(data.describe(one)[0]) for one in drawn]
-    rows = data.scene_boxes()
-    splits = {level: [(row["image"] // data.SIBLINGS, row["box"], row[level]) for row in rows] for level in LEVELS}
-    return (fine_grained(model, tokenizer, data.draw, drawn[::data.SIBLINGS], splits)
-            | retrieval(model, tokenizer, data.draw, drawn, captions, list(range(len(drawn))), score))
-
-
-# Each of these gives rows (where, path of an image, its captions).
-
-def urban1k(root, download):
-    folder = Path(root) / "Urban1k"
-    if download and not folder.exists():
+def urban1k(root):
+    if not (root / "Urban1k").exists():
         fetch_urban1k(root)
-    images = sorted(find(root, "Urban1k/image").glob("*.jpg"), key=lambda path: (len(path.stem), path.stem))
-    for path in images:
-        text = folder / "caption" / f"{path.stem}.txt"
-        try:
-            yield text, path, text.read_text("utf-8-sig").splitlines()[:1]
-        except (OSError, UnicodeDecodeError) as error:
-            data.fail(f"{text}: {error}")
+    for path in sorted(root.glob("Urban1k/image/*.jpg"), key=lambda path: (len(path.stem), path.stem)):
+        caption = root / f"Urban1k/caption/{path.stem}.txt"
+        yield f"Urban1k/image/{path.name}", caption.read_text("utf-8-sig").splitlines()[:1]
 
 
 def fetch_urban1k(root):
-    from huggingface_hub import hf_hub_download
-    Path(root).mkdir(parents=True, exist_ok=True)
-    with FileLock(Path(root) / ".urban1k.lock"):
-        if (Path(root) / "Urban1k").exists():  # another process was first
-            return
-        try:
-            archive = hf_hub_download("BeichenZhang/Urban1k", "Urban1k.zip", repo_type="dataset")
-        except Exception as error:
-            raise Missing(f"there is no {root}/Urban1k, and the hub cannot be reached: unpack Urban1k.zip of "
-                          f"https://huggingface.co/datasets/BeichenZhang/Urban1k there, as {root}/Urban1k/image and …/caption") from error
-        beside = Path(root) / ".urban1k.tmp"
-        zipfile.ZipFile(archive).extractall(beside)
-        os.rename(beside / "Urban1k", Path(root) / "Urban1k")  # whole, or not at all
-        shutil.rmtree(beside)
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        archive = hf_hub_download("BeichenZhang/Urban1k", "Urban1k.zip", repo_type="dataset")
+    except Exception as error:  # the hub's errors have no ancestor in common
+        raise data.InputError(f"no {root}/Urban1k, and the hub cannot be reached: unpack Urban1k.zip of "
+                              "https://huggingface.co/datasets/BeichenZhang/Urban1k there") from error
+    with FileLock(root / ".urban1k.lock"):  # of several processes one unpacks it
+        if not (root / "Urban1k").exists():
+            zipfile.ZipFile(archive).extractall(root / ".urban1k")
+            (root / ".urban1k/Urban1k").rename(root / "Urban1k")
 
 
 def sv1k(root):
-    path = find(root, data.SHAREGPT4V)
-    for number, row in enumerate(data.annotations(path, held_out=True), start=1):
-        where = f"{path}, row {number}"
-        yield where, picture(root, [""], row["image"], where), [data.clean(row["caption"])]
+    rows, image, caption = data.read_rows(root / data.SHAREGPT4V)
+    for row in rows.select(range(min(data.HELD_OUT, len(rows)))):
+        yield row[image], [data.clean(text) for text in data.captions_of(row[caption])]
 
 
-def dci(root, caption):
-    home = find(root, "densely_captioned_images")
-    splits = home / "splits.json"
-    names = [path.name for path in (home / "annotations").glob("*.json")]
-    if splits.is_file():
-        where, row = next(data.rows(splits))
-        names = [name if isinstance(name, str) else data.fail(f"{where}: {name!r} is no file's name")
-                 for split in row for name in data.field(row, split, where, list)]
-    for name in sorted(names):
-        where, row = next(data.rows(data.inside(home / "annotations", name.removesuffix(".json") + ".json", splits)))
-        text = data.field(row, "extra_caption", where)
-        if caption == "short+extra":
-            text = data.field(row, "short_caption", where) + "\n" + text
-        yield where, picture(home, ["photos"], data.field(row, "image", where), where), [text]
+def dci(root, short=False):
+    home = root / "densely_captioned_images"
+    splits = json.loads((home / "splits.json").read_text())
+    for name in sorted(name for split in splits.values() for name in split):
+        row = json.loads((home / "annotations" / name).with_suffix(".json").read_text())
+        caption = f"{row['short_caption']}\n{row['extra_caption']}" if short else row["extra_caption"]
+        yield f"densely_captioned_images/photos/{row['image']}", [caption]
 
 
 def coco(root):
-    path = find(root, *(f"{folder}captions_val2017.json" for folder in ("", "annotations/", "coco/", "coco/annotations/")))
-    _, whole = next(data.rows(path))
-    captions = {}
-    for where, row in data.objects(whole, "annotations", path):
-        captions.setdefault(data.field(row, "image_id", where, int), []).append(data.field(row, "caption", where))
-    for where, row in data.objects(whole, "images", path):
-        yield where, picture(root, ["val2017", "coco/val2017"], data.field(row, "file_name", where), where), captions.get(data.field(row, "id", where, int))
+    whole, captions = json.loads((root / "captions_val2017.json").read_text()), {}
+    for row in whole["annotations"]:
+        captions.setdefault(row["image_id"], []).append(row["caption"])
+    for row in whole["images"]:
+        yield f"val2017/{row['file_name']}", captions[row["id"]]
 
 
 def flickr30k(root):
-    names = ("dataset_flickr30k.json", "flickr30k_test.json", "flickr30k_test.jsonl")
-    path = find(root, *names, *(f"flickr30k/{name}" for name in names))
-    folders = [f"{at}{name}" for at in ("", "flickr30k/") for name in ("flickr30k-images", "images", "")]
-    for where, row in data.rows(path):
-        if "images" in row:  # Karpathy's file is one object
-            parts = [(where, data.field(one, "filename", where), [data.field(text, "raw", place) for place, text in data.objects(one, "sentences", where)])
-                     for where, one in data.objects(row, "images", path) if one.get("split") == "test"]
-        else:
-            parts = [(where, data.field(row, "image", where), data.field(row, "caption", where, list))]
-        for where, name, captions in parts:
-            yield where, picture(root, folders, name, where), captions
+    for row in json.loads((root / "dataset_flickr30k.json").read_text())["images"]:
+        if row["split"] == "test":
+            yield f"flickr30k-images/{row['filename']}", [sentence["raw"] for sentence in row["sentences"]]
 
 
-RETRIEVAL = {"urban1k": 1000, "sv1k": 1000, "dci": 7805, "coco": 5000, "flickr30k": 1000}  # images
-FGOVD = {"hard": ("h_attributes_llava.jsonl", "1_attributes.json"), "medium": ("m_attributes_llava.jsonl", "2_attributes.json"),
-         "easy": ("e_attributes_llava.jsonl", "3_attributes.json"), "trivial": ("shuffle_negatives_llava.jsonl", "shuffle_negatives.json")}
+def fgovd(root, split):
+    """Yields (image, box, [positive, *negatives])."""
+    for line in (root / FGOVD[split]).read_text().splitlines():
+        row = json.loads(line)
+        x, y, w, h = map(float, row["bbox"])
+        expressions = row["pos_expression"][:1] + row["neg_expression"]
+        if min(w, h) <= 0 or len(expressions) < 2 or not all(isinstance(text, str) for text in expressions):
+            raise ValueError("needs a bbox of positive size, a pos_expression and a neg_expression")
+        yield row["img_path"], (x, y, w, h), expressions
 
 
-def pairs(name, rows):
-    """Rows (where, path, captions) -> paths, texts, owner. Every image needs a caption, every caption a word."""
-    paths, texts, owner = [], [], []
-    for where, path, captions in rows:
-        if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
-            data.fail(f"{where}: no caption, or an empty one, of {path}")
-        owner += [len(paths)] * len(captions)
-        paths.append(path)
-        texts += captions
-    if not paths:
-        raise Missing("there are no images")
-    if len(paths) != RETRIEVAL[name] and first():
-        print(f"note: {name} has {len(paths)} images here, the published figures are of {RETRIEVAL[name]}", file=sys.stderr)
-    return paths, texts, owner
-
-
-def fgovd(root):
-    """FG-OVD's files, either format -> paths and the splits that `fine_grained` takes."""
-    folders = [home + images for home in ("", "coco/", "fgovd/", "FG-OVD/") for images in ("", "val2017")]
-    place, splits = {}, {}
-    for level, names in FGOVD.items():
-        file = find(root, *(folder + name for name in names for folder in ("", "fgovd/", "FG-OVD/")))
-        splits[level] = []
-        for where, row in data.rows(file):
-            if "annotations" in row:  # the original file is one object, in COCO's style
-                images = {data.field(image, "id", where, int): image.get("file_name") for where, image in data.objects(row, "images", file)}
-                parts = [(where, one | {"img_path": images.get(data.field(one, "image_id", where, int))})
-                         for where, one in data.objects(row, "annotations", file)]
-            else:
-                parts = [(where, row)]
-            for where, one in parts:
-                path = picture(root, folders, data.field(one, "img_path", where), where)
-                positive, negative = ([x] if isinstance(x, str) else x for x in (one.get("pos_expression"), one.get("neg_expression")))
-                if not all(isinstance(texts, list) and texts and all(isinstance(text, str) and text.strip() for text in texts) for texts in (positive, negative)):
-                    data.fail(f"{where}: needs a pos_expression and at least one neg_expression, all texts")
-                box = data.field(one, "bbox", where, list)
-                if len(box) != 4 or not all(isinstance(x, (int, float)) and abs(x) < 1e9 for x in box) or min(box[2:]) <= 0:
-                    data.fail(f"{where}: bbox must be x, y, w, h in pixels, is {box}")
-                splits[level].append((place.setdefault(path, len(place)), box, positive[:1] + negative))
-    return list(place), splits
-
-
-def torchvision_set(name, root, download):
-    """A torchvision data set of images with class names, by its class's name in lower case; its test (or validation) part."""
-    kind = TORCHVISION[name]
-    options = inspect.signature(kind).parameters
-    choices = [{"train": False}] if "train" in options else [{"split": part} for part in ("test", "val")] if "split" in options else [{}]
-    if download and "download" in options:  # after a look at what is there, in which nobody needs a lock
-        choices += [choice | {"download": True} for choice in choices]
-    home = Path(root) / "imagenet" if name == "imagenet" and (Path(root) / "imagenet").is_dir() else Path(root)
-    for choice in choices:
-        try:
-            if "download" in choice:
-                home.mkdir(parents=True, exist_ok=True)
-            with FileLock(home / f".{name}.lock") if "download" in choice else contextlib.nullcontext():
-                dataset = kind(home, **choice)
-        except (RuntimeError, OSError, ValueError, TypeError, ImportError) as error:  # ValueError: no such split
-            reason = str(error)
-            continue
-        if not (getattr(dataset, "classes", None) or getattr(dataset, "categories", None)):
-            data.fail(f"--bench {name}: torchvision knows no class names of it")
-        return dataset
-    raise Missing(reason)
-
-
-TORCHVISION = {name.lower(): getattr(torchvision.datasets, name) for name in torchvision.datasets.__all__}
-BENCHES = ("scenes", *RETRIEVAL, "fgovd")
-CLASSIFICATION = ("cifar10", "cifar100", "food101", "imagenet")  # what --bench all looks for
-BESIDE = {  # what stands beside our figures: chance, or the published ones of β-CLIP ViT-B/16, β = 0.5, K = 36 (SPEC §7)
-    "scenes": dict.fromkeys(LEVELS, "chance 9.1") | {f"{way} R@{k}": f"chance {k / 10}" for way in ("T2I", "I2T") for k in (1, 5, 10)},
-    "urban1k": {"T2I R@1": "ce 89.0, bce 91.8", "I2T R@1": "ce 88.6, bce 92.3"},
-    "sv1k": {"T2I R@1": "ce 93.7, bce 94.4", "I2T R@1": "ce 94.0, bce 94.1"},
-    "dci": {"T2I R@1": "65.1", "I2T R@1": "63.6"},
-    "fgovd": {"hard": "ce 30.9, bce 20.1", "medium": "ce 55.4, bce 38.5", "easy": "ce 60.4, bce 34.2", "trivial": "ce 80.3, bce 71.3"},
+RETRIEVAL = {  # what lies under --root, its reader, the number of images
+    "urban1k": ("Urban1k", urban1k, 1000),
+    "sv1k": (data.SHAREGPT4V, sv1k, 1000),
+    "dci": ("densely_captioned_images", dci, 7805),
+    "dci-short": ("densely_captioned_images", partial(dci, short=True), 7805),
+    "coco": ("captions_val2017.json", coco, 5000),
+    "flickr30k": ("dataset_flickr30k.json", flickr30k, 1000),
 }
+FGOVD = {"hard": "h_attributes_llava.jsonl", "medium": "m_attributes_llava.jsonl",
+         "easy": "e_attributes_llava.jsonl", "trivial": "shuffle_negatives_llava.jsonl"}
+CLASSIFICATION = {
+    "cifar10": ("cifar-10-batches-py", lambda root: torchvision.datasets.CIFAR10(root, False, download=True)),
+    "cifar100": ("cifar-100-python", lambda root: torchvision.datasets.CIFAR100(root, False, download=True)),
+    "food101": ("food-101", lambda root: torchvision.datasets.Food101(root, "test", download=True)),
+    "imagenet": ("imagenet", lambda root: torchvision.datasets.ImageNet(root / "imagenet", "val")),
+}
+FILES = {bench: file for bench, (file, *_) in (RETRIEVAL | CLASSIFICATION).items()} | {"fgovd": FGOVD["hard"]}
+PUBLISHED = {  # the paper's figures of ViT-B/16, β = 0.5, K = 36; of the scenes, chance
+    ("urban1k", "T2I R@1"): "ce 89.0, bce 91.8", ("urban1k", "I2T R@1"): "ce 88.6, bce 92.3",
+    ("sv1k", "T2I R@1"): "ce 93.7, bce 94.4", ("sv1k", "I2T R@1"): "ce 94.0, bce 94.1",
+    ("dci", "T2I R@1"): "65.1", ("dci", "I2T R@1"): "63.6",
+    ("fgovd", "hard"): "ce 30.9, bce 20.1", ("fgovd", "medium"): "ce 55.4, bce 38.5",
+    ("fgovd", "easy"): "ce 60.4, bce 34.2", ("fgovd", "trivial"): "ce 80.3, bce 71.3",
+    ("scenes", "pointing"): "chance 25", **{("scenes", split): "chance 9.1" for split in FGOVD},
+    **{("scenes", f"{way} R@{k}"): f"chance {k / 10}" for way in ("T2I", "I2T") for k in (1, 5, 10)}}
+
+
+def present(root):
+    """The benchmarks whose files lie under root."""
+    return [bench for bench, file in FILES.items() if Path(root, file).exists()]
+
+
+def checked(rows, where):
+    """The rows of a reader; what is wrong with one names the file and the row."""
+    number = 0
+    try:
+        for number, row in enumerate(rows, start=1):
+            yield row
+    except data.InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise data.InputError(f"{where}, row {number + 1}: {type(error).__name__}: {error}") from error
+    if not number:
+        raise data.InputError(f"{where}: no rows")
+
+
+def pairs(rows, where):
+    """(image, captions) in turn -> images, each once, texts, owner (each text's place in images)."""
+    place, texts, owner = {}, [], []
+    for image, captions in checked(rows, where):
+        if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
+            raise data.InputError(f"{where}: no caption, or an empty one, of {image}")
+        owner += [place.setdefault(image, len(place))] * len(captions)
+        texts += captions
+    return list(place), texts, owner
+
+
+def file_pairs(source, columns):
+    """A file of images and captions, as training reads it -> how to get an image, and what `pairs` gives."""
+    rows, image, caption = data.read_rows(source, columns, ("test", "validation", "train"))
+    first = {}
+
+    def read():
+        for number, row in enumerate(rows):
+            name = row[image]
+            name = name if isinstance(name, str) else (name["path"], hash(name["bytes"]))
+            first.setdefault(name, number)
+            yield name, data.captions_of(row[caption])
+
+    return lambda name: rows[first[name]][image], *pairs(read(), source)
 
 
 @torch.inference_mode()
-def evaluate(model, tokenizer, bench, root="data", score="cls", dci_caption="extra", download=False):
-    """One benchmark -> {metric: per cent}. Raises Missing where its data are not there."""
+def evaluate(model, tokenizer, bench, root="data", columns=None):
+    """A benchmark, by its name or a file of images and captions -> {metric: per cent}. Raises InputError."""
     model.eval()
-    torch.set_float32_matmul_precision("highest")  # training may have lowered it
-    torch.backends.cudnn.allow_tf32 = False        # of the patch embedding, which is a convolution
+    root, load = Path(root), partial(open_image, root=root)
     if bench == "scenes":
-        return scenes(model, tokenizer, score)
+        return scenes(model, tokenizer)
+    if bench in CLASSIFICATION:
+        return zero_shot(model, tokenizer, CLASSIFICATION[bench][1](root))
     if bench == "fgovd":
-        paths, splits = fgovd(root)
-        return fine_grained(model, tokenizer, open_image, paths, splits)
-    if bench in RETRIEVAL:
-        rows = {"urban1k": urban1k(root, download), "sv1k": sv1k(root), "dci": dci(root, dci_caption), "coco": coco(root),
-                "flickr30k": flickr30k(root)}[bench]  # generators: only the one that is asked for does anything
-        return retrieval(model, tokenizer, open_image, *pairs(bench, rows), score)
-    return zero_shot(model, tokenizer, torchvision_set(bench, root, download))
+        place, splits = {}, {}
+        for split in FGOVD:
+            splits[split] = [(place.setdefault(image, len(place)), box, texts)
+                             for image, box, texts in checked(fgovd(root, split), root / FGOVD[split])]
+        return fine_grained(model, tokenizer, load, list(place), splits)
+    if bench not in RETRIEVAL:
+        get, *rest = file_pairs(bench, columns)
+        return retrieval(model, tokenizer, lambda name: load(get(name)), *rest)
+    file, read, count = RETRIEVAL[bench]
+    images, texts, owner = pairs(read(root), root / file)
+    if len(images) != count and is_main():
+        print(f"note: {bench} has {len(images)} images, the paper's figures are of {count}", file=sys.stderr)
+    return retrieval(model, tokenizer, load, images, texts, owner)
 
 
-def table(results):
-    """{bench: {metric: per cent}} as aligned lines, chance or published figures beside ours."""
-    return "\n".join(f"{bench:<12}{metric:<10}{score:>8.1f}  {BESIDE.get(bench, {}).get(metric, '')}".rstrip()
-                     for bench, scores in results.items() for metric, score in scores.items())
+def open_image(image, root):
+    """An image's name under root, or what a column of images holds -> PIL image."""
+    try:
+        return data.rgb(data.open_image(image, root))
+    except data.UNREADABLE as error:
+        name = image["path"] if isinstance(image, dict) else image
+        raise data.InputError(f"{name} under {root}: unreadable image ({error})") from error
 
 
 HEADER = f"{'bench':<12}{'metric':<10}{'score %':>8}  chance, or the paper's %"
 
 
-# ------------------------------------------------------------------------------------------- heatmaps
+def table(results):
+    """{bench: {metric: per cent}} -> aligned lines, with chance or the paper's figures beside ours."""
+    lines = [f"{Path(bench).name:<11} {metric:<10}{score:>8.1f}  {PUBLISHED.get((bench, metric), '')}"
+             for bench, scores in results.items() for metric, score in scores.items()]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+# --------------------------------------------------------------------------------------------- heatmaps
 
 HEAT = np.array([(255, 235, 120), (255, 170, 40), (230, 40, 20)])  # from pale to hot
-TILE = 320  # pixels
+TILE, LABEL = 320, 90  # pixels: a tile's width, the height of the label below it
 
 
 @torch.inference_mode()
-def heatmap(model, tokenizer, image, queries):
-    """One row as a PIL image: the image, then for each query the similarity of each patch with it, labelled."""
-    _, patches = model.encode_image(data.to_pixels(image, model.image_size, whole=True)[None].to(model.device))
-    heat = embed_texts(model, tokenizer, queries) @ F.normalize(patches[0], dim=-1).T        # [Q, P]
-    side = int(heat.shape[1] ** 0.5)
-    size = (TILE, min(max(1, round(TILE * image.height / image.width)), 4 * TILE))
-    base, font, gap = image.resize(size, Image.Resampling.BICUBIC), ImageFont.load_default(17), 12
-    grey = 90 + np.asarray(base.convert("L"))[:, :, None] * 0.6  # pale: the colours are the similarity's
-    tiles = [(base, ["image"])]
-    for query, row in zip(queries, heat.unflatten(1, (side, side)).cpu().numpy()):
-        low, high = row.min(), row.max()
-        smooth = np.asarray(Image.fromarray((row - low) / max(high - low, 1e-6)).resize(size, Image.Resampling.BICUBIC)).clip(0, 1)
-        colours = np.stack([np.interp(smooth, np.linspace(0, 1, len(HEAT)), HEAT[:, c]) for c in range(3)], axis=-1)
-        overlay = Image.fromarray((grey + (colours - grey) * 0.8 * smooth[:, :, None]).astype(np.uint8))
-        lines = [""]
-        for word in query.split():
-            longer = f"{lines[-1]} {word}".strip()
-            lines = [*lines[:-1], longer] if font.getlength(longer) <= TILE else [*lines, word]
-        tiles.append((overlay, [*lines, f"{low:.2f} to {high:.2f}"]))
-    line = 22
-    sheet = Image.new("RGB", (len(tiles) * (TILE + gap) + gap, size[1] + 2 * gap + line * max(len(lines) for _, lines in tiles) + gap), "white")
-    pen = ImageDraw.Draw(sheet)
-    for at, (tile, lines) in enumerate(tiles):
-        sheet.paste(tile, (gap + at * (TILE + gap), gap))
-        for number, text in enumerate(lines):
-            pen.text((gap + at * (TILE + gap) + TILE // 2, size[1] + 2 * gap + number * line), text, font=font, anchor="ma",
-                     fill="gray" if at and number == len(lines) - 1 else "black")
-    return sheet
+def heatmaps(model, tokenizer, image, queries):
+    """{kind: maps [Q, side, side]} of an image: patches' cosines with each query, the pooler's attention."""
+    pixels = data.to_pixels(image, model.image_size, whole=True)[None].to(model.device)
+    patches = F.normalize(model.encode_image(data.normalize(pixels))[1], dim=-1)      # [1, P, D]
+    texts = embed_texts(model, tokenizer, queries)[None]                              # [1, Q, D]
+    maps = {"cosine of patches": texts @ patches.transpose(1, 2)}                     # [1, Q, P]
+    if model.has_trained_pooler:
+        maps["attention of the pooler"] = model.pooler.attn(texts, patches, patches)[1]
+    side = int(patches.shape[1] ** 0.5)
+    return {kind: heat[0].unflatten(1, (side, side)).cpu().numpy() for kind, heat in maps.items()}
 
+
+def tile(image, label, heat=None):
+    """An image, or a map [side, side] over it in pale grey, with a label -> uint8 [h, w, 3]."""
+    height = min(max(1, round(TILE * image.height / image.width)), 4 * TILE)
+    image = image.resize((TILE, height), Image.Resampling.BICUBIC)
+    if heat is not None:
+        label += f"\n{heat.min():.4f} to {heat.max():.4f}"
+        heat = Image.fromarray((heat - heat.min()) / max(np.ptp(heat), 1e-9))
+        heat = np.asarray(heat.resize(image.size, Image.Resampling.BICUBIC)).clip(0, 1)            # [h, w]
+        colours = np.stack([np.interp(heat, np.linspace(0, 1, 3), HEAT[:, c]) for c in range(3)], axis=-1)
+        grey = 90 + np.asarray(image.convert("L"))[:, :, None] * 0.6
+        image = Image.fromarray((grey + (colours - grey) * 0.8 * heat[:, :, None]).astype(np.uint8))
+    sheet = Image.new("RGB", (TILE + 12, height + LABEL), "white")
+    sheet.paste(image, (6, 6))
+    lines = [line for part in label.split("\n") for line in textwrap.wrap(part, 38)[:2]]
+    font = ImageFont.load_default(16)
+    ImageDraw.Draw(sheet).multiline_text((6, height + 12), "\n".join(lines), "black", font)
+    return np.asarray(sheet)
+
+
+# ------------------------------------------------------------------------------------------------- main
 
 def own_device():
     """This process's GPU, by LOCAL_RANK, or the CPU where there is none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if local >= torch.cuda.device_count():
-        data.fail(f"process {local} of this machine has no GPU of its own, there are {torch.cuda.device_count()}: lower --nproc_per_node")
-    torch.cuda.set_device(local)
-    return torch.device("cuda", local)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans attention anew for each shape, and shapes vary
+    return device
 
 
-def latest_run(root="runs"):
-    saved = {run: models.newest(run).stat().st_mtime for run in Path(root).glob("*") if models.newest(run).is_file()}
-    if not saved:
-        data.fail(f"no run under {root}/: train one with `torchrun train.py --beta 0.5`, or name one with --ckpt")
-    return max(saved, key=saved.get)
+def load(source, size=None):
+    """A model and its tokenizer. Raises InputError."""
+    try:
+        model = models.load(source, size=size)
+        return model, models.load_tokenizer(source, model)
+    except Exception as error:  # those of torch, transformers and safetensors have no ancestor in common
+        raise data.InputError(f"{source}: {error}") from error
 
 
+@data.user_errors()
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = data.fail
-    parser.add_argument("--bench", nargs="+", default=["scenes"], metavar="NAME",
-                        help=f"{', '.join(BENCHES)}, any torchvision data set with class names ({', '.join(CLASSIFICATION)} …), or all")
-    parser.add_argument("--ckpt", help="a run's folder (default: the latest under runs/), an authors' .pt, or a Hugging Face CLIP")
-    parser.add_argument("--root", default="data", help="where the benchmarks lie")
-    parser.add_argument("--score", choices=("cls", "pooled"), default="cls", help="retrieval: image by CLS, or pooled by each text")
-    parser.add_argument("--dci-caption", choices=("extra", "short+extra"), default="extra")
-    parser.add_argument("--json", help="write the scores here too")
-    parser.add_argument("--heatmap", nargs="+", metavar=("IMAGE", "QUERY"), help="draw patch–text similarities instead")
-    parser.add_argument("--out", default="heat.png", help="where --heatmap draws")
+    parser = data.argument_parser(__doc__)
+    add = parser.add_argument
+    add("--bench", nargs="+", default=["scenes"], metavar="NAME", help="all, or of: scenes, fgovd, "
+        f"{', '.join(RETRIEVAL | CLASSIFICATION)}; or a file of images and captions, as train.py's --data")
+    add("--ckpt", nargs="+", help="a run's folder (default: the latest under runs/), an authors' .pt, or a "
+        "Hugging Face CLIP; --heatmap takes several")
+    add("--root", default="data", help="where the benchmarks lie, and the images of a file")
+    add("--columns", type=data.column_names, metavar="IMAGE,CAPTION", help="of a file")
+    add("--size", type=int, help="pixels of an image's side, where not the model's own")
+    add("--json", help="write the scores here too")
+    add("--heatmap", nargs="+", metavar=("IMAGE", "QUERY"), help="draw where each query is in an image: "
+        "a file, or scene:40, a test scene")
+    add("--out", default="heat.png", help="where --heatmap draws")
     args = parser.parse_args(argv)
-    everything = "all" in args.bench
-    benches = [*BENCHES, *CLASSIFICATION] if everything else args.bench
-    for name in benches:
-        if name not in BENCHES and name not in TORCHVISION:
-            data.fail(f"--bench {name}: neither of {', '.join(BENCHES)}, all, nor a torchvision data set")
-    for flag, path in (("--json", args.json), ("--out", args.heatmap and args.out)):
-        folder = path and Path(path).absolute().parent
-        if path and (not folder.is_dir() or Path(path).is_dir() or not os.access(path if os.path.exists(path) else folder, os.W_OK)):
-            data.fail(f"{flag} {path}: no file can be written there")
-    if args.heatmap and (len(args.heatmap) < 2 or not all(map(str.strip, args.heatmap))):
-        data.fail("--heatmap: needs an image and at least one query, none of them empty")
-    if Path(args.root).exists() and not Path(args.root).is_dir():
-        data.fail(f"--root {args.root}: is no folder")
-
     device = own_device()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    source = latest_run() if args.ckpt is None else args.ckpt
-    try:
-        model = models.load(source)
-        tokenizer = models.load_tokenizer(source, model)
-    except Exception as error:  # torch's, transformers' and safetensors' have no ancestor in common
-        data.fail(f"--ckpt {source}: {data.reason(error)}")
-    if args.score == "pooled" and not model.pools:
-        data.fail(f"--score pooled: {source} has no trained pooler")
-    model = model.to(device).eval()
+    runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+    if not args.ckpt and not runs:
+        raise data.InputError("no run under runs/: train one, `torchrun train.py --beta 0.5`, or pass --ckpt")
+    sources = args.ckpt or [runs[-1].parent]
+
     if args.heatmap:
+        name, *queries = args.heatmap
+        if not queries:
+            raise data.InputError(f"--heatmap {name}: needs at least one query")
+        index = name.removeprefix("scene:")
+        image = (data.draw(data.scene("test", int(index))) if index.isdigit()
+                 else open_image({"bytes": None, "path": name}, root="."))
+        rows = []
+        for source in sources:
+            model, tokenizer = load(source, args.size)
+            for kind, maps in heatmaps(model.to(device), tokenizer, image, queries).items():
+                tiles = [tile(image, query, heat) for query, heat in zip(queries, maps)]
+                rows.append(np.hstack([tile(image, f"{source}\n{kind}"), *tiles]))
         try:
-            image, *queries = args.heatmap
-            heatmap(model, tokenizer, open_image(image), [query.encode(errors="replace").decode() for query in queries]).save(args.out)
-        except (OSError, ValueError) as error:  # ValueError: PIL does not know what to write by the file's name
-            data.fail(f"--heatmap {image} --out {args.out}: {error}")
+            Image.fromarray(np.vstack(rows)).save(args.out)
+        except ValueError as error:  # of PIL, where the name does not say what to write
+            raise data.InputError(f"--out {args.out}: {error}") from error
         print(args.out)
         return
-    if first():
-        print(f"{source}{' (77 text positions, stretched to 248)' if model.stretched else ''}\n{HEADER}")
-    results, missing = {}, []
-    for name in benches:
-        try:
-            results[name] = evaluate(model, tokenizer, name, args.root, args.score, args.dci_caption, download=not everything)
-        except Missing as reason:
-            if not everything:
-                data.fail(f"--bench {name}: {reason}")
-            missing.append(f"not there: {name} ({reason})")
-            continue
-        except OSError as error:
-            data.fail(f"--bench {name}: {error}")
-        if first():
-            print(table({name: results[name]}), flush=True)
-            try:
-                if args.json:
-                    Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
-            except OSError as error:
-                data.fail(f"--json {args.json}: {error}")
-    if first() and missing:
-        print("\n".join(missing))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+
+    model, tokenizer = load(sources[0], args.size)
+    model.to(device)
+    if is_main():
+        print(f"{sources[0]}{' (77 text positions, stretched to 248)' if model.stretched else ''}\n{HEADER}")
+    results = {}
+    for bench in ["scenes", *present(args.root)] if "all" in args.bench else args.bench:
+        results[bench] = evaluate(model, tokenizer, bench, args.root, args.columns)
+        if is_main():
+            print(table({bench: results[bench]}), flush=True)
+            if args.json:
+                Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
+    if "all" in args.bench and is_main():
+        missing = [f"{bench} ({file})" for bench, file in FILES.items() if bench not in results]
+        print(f"not there: {', '.join(missing)}")
 
 
 if __name__ == "__main__":
     main()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,20 +1,104 @@
-"""The two losses of β-CLIP, as pure functions (SPEC §3).
+"""The two losses of β-CLIP, as pure functions (paper, section 3).
 
-Embeddings come in raw and are L2-normalised here, in float32 (float64 stays). Queries are ragged: all queries
-of a batch are rows of one flat list, and `owner` says whose image each row is. Nothing here knows of padding,
-and no [N, N] matrix is ever kept: β-CAL goes over tiles of rows, which the backward pass computes anew where it needs them.
+Embeddings come in raw and are L2-normalised here, in float32. The queries of a batch are the rows of one flat
+list, and `owner` names the image of each, so there is no padding. Similarities are computed in tiles of rows,
+which are recomputed in the backward pass, so no [N, N] matrix is kept.
+
+With W processes (ranks), each compares its own rows with the columns of all ranks, 1/W of the work. The mean
+over ranks of the value and of its gradients, as DDP takes it, is that of one process with the whole batch: of
+L_clip always, of β-CAL with `global_negatives` (the recipe has each rank contrast its own queries alone).
 """
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 TILE = 512  # rows of the similarity matrix that exist at a time
 
 
+def clip_loss(image, text, scale):
+    """Symmetric InfoNCE between the rows of image and text [B, D], over the batch of all ranks -> scalar.
+
+    scale: exp(logit scale)
+    """
+    v, t = scale * unit(image), unit(text)
+    counts = gather(torch.tensor([len(t)])).tolist()                 # rows of each rank
+    over_texts, over_images = log_sum_exps(v, t, counts)             # [B], [B]
+    return len(counts) * (over_texts + over_images - 2 * (v * t).sum(1)).sum() / (2 * sum(counts))
+
+
+def beta_cal(visual, text, owner, scale, beta, kind="ce", global_negatives=False):
+    """β-contextualised contrastive alignment (β-CAL) of pooled embeddings with their queries -> scalar.
+
+    visual [N, D]:    the image of each query, pooled by that query
+    text [N, D]:      the queries
+    owner [N]:        the image of each query, sorted, 0 … B - 1; on the CPU, where reading it costs no sync
+    scale:            exp(logit scale of the pooler)
+    beta:             how far other queries of the same image count as positives, 0 … 1
+    kind:             "ce", the soft form (cross-entropy), or "bce", the hard form (binary cross-entropy)
+    global_negatives: compare with the queries of all ranks, not of this one alone
+    """
+    v, t = scale * unit(visual), unit(text)
+    sizes = owner.bincount()                                         # [B] queries of each image
+    shape = torch.tensor([[len(v), len(sizes), sizes.max()]])
+    counts, images, most = (gather(shape) if global_negatives else shape).T  # [W] each: of all ranks
+    ranks, counts = len(counts), counts.tolist()
+    own = (v * t).sum(1)                                             # [N] s v_i · t_i
+
+    if kind == "bce":
+        total = softplus_sum(v, t, owner, beta, counts) + (1 - beta) * F.softplus(-own).sum()  # w_ii = 1
+        return ranks * total / (images.sum() * most.max()) ** 2      # (B K)²
+
+    owner, sizes = owner.to(v.device, non_blocking=True), sizes.to(v, non_blocking=True)
+    d = (1 + beta * (sizes - 1))[owner]                              # [N]
+    v_sum = torch.zeros_like(v[:len(sizes)]).index_add(0, owner, v)  # [B, D] V_b
+    t_sum = torch.zeros_like(t[:len(sizes)]).index_add(0, owner, t)  # [B, D] T_b
+    over_texts, over_images = log_sum_exps(v, t, counts)             # [N], [N]
+    image_side = over_texts - ((1 - beta) * own + beta * (v * t_sum[owner]).sum(1)) / d
+    text_side = over_images - ((1 - beta) * own + beta * (v_sum[owner] * t).sum(1)) / d
+    return ranks * (image_side + text_side).sum() / (2 * sum(counts))
+
+
 def unit(x):
-    """L2-normalise the last dimension, in float32 at least."""
+    """L2-normalise the last dimension, in float32 (float64 stays)."""
     return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+
+
+def in_tiles(function, *rows):
+    """`function` of TILE rows at a time -> list; what it computes in between is not kept but recomputed."""
+    tiles = zip(*(x.split(TILE) for x in rows))
+    return [checkpoint(function, *tile, use_reentrant=False, preserve_rng_state=False) for tile in tiles]
+
+
+def log_sum_exps(v, t, counts):
+    """This rank's v, t [n, D], the rows of each rank -> log-sum-exps of v's logits [n] and of t's [n]."""
+    columns = gather_rows(t, counts)                                 # [N, D]
+
+    def of_a_tile(rows):
+        logits = rows @ columns.T                                    # [TILE, N]
+        return logits.logsumexp(1), logits.logsumexp(0)
+
+    over_rows, over_columns = zip(*in_tiles(of_a_tile, v))
+    over_columns = torch.stack(over_columns).logsumexp(0)            # [N] over this rank's rows
+    if len(counts) > 1:
+        over_columns = gather(over_columns[None]).logsumexp(0).split(counts)[dist.get_rank()]
+    return torch.cat(over_rows), over_columns
+
+
+def softplus_sum(v, t, owner, beta, counts):
+    """Binary cross-entropies of v [n, D] with all ranks' t, summed; β weighs the pairs of one image."""
+    rank = dist.get_rank() if len(counts) > 1 else 0
+    columns = gather_rows(t, counts)                                 # [N, D]
+    owners = gather_rows(owner + rank * 2**32, counts).to(v.device, non_blocking=True)  # [N] and rank
+
+    def of_a_tile(rows, row_owners):
+        logits = rows @ columns.T                                    # [TILE, N]
+        negative = F.softplus(logits)
+        positive = negative - logits                                 # softplus(-logits)
+        return torch.where(row_owners[:, None] == owners, beta * positive, negative).sum()
+
+    return torch.stack(in_tiles(of_a_tile, v, owners.split(counts)[rank])).sum()
 
 
 class Gather(torch.autograd.Function):
@@ -26,130 +110,22 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)  # every rank's loss speaks of every rank's rows
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+        # Each rank has a loss of its own, which reads the rows of all ranks. So a row's gradients are summed
+        # over ranks, by one reduce-scatter. (If all had the same loss, W times the own part would be enough.)
+        parts = list(grad.contiguous().chunk(dist.get_world_size()))
+        dist.reduce_scatter(own := torch.empty_like(parts[0]), parts)
+        return own
 
 
 def gather(x):
-    """The rows of all ranks, in the order of the ranks, with their gradient: [B, D] -> [W * B, D].
-
-    Every rank then computes the whole loss, and the mean of the ranks' gradients, which DDP takes, is the
-    gradient of one process with the whole batch (SPEC §10.2).
-    """
+    """The rows of all ranks in the order of the ranks, with gradient: [n, …] -> [W n, …]."""
     return Gather.apply(x) if dist.is_initialized() else x
 
 
-def gather_queries(visual, text, owner):
-    """All ranks' queries for β-CAL, however many each has: [n, D], [n, D], owner [n], on the CPU -> [N, D], [N, D], [N].
-
-    Every rank has as many images as every other.
-    """
-    counts = gather(owner.bincount())                                                 # [W * B] queries of each image
-    rows = counts.view(-1, owner[-1] + 1).sum(1).tolist()                             # [W] queries of each rank
-
-    def ragged(x):
-        padded = gather(F.pad(x, (0, 0, 0, max(rows) - len(x))))                      # [W * max, D]
-        return torch.cat([part[:count] for part, count in zip(padded.split(max(rows)), rows)])
-
-    return ragged(visual), ragged(text), torch.arange(len(counts)).repeat_interleave(counts)
-
-
-def clip_loss(image, text, scale):
-    """Symmetric InfoNCE between matched rows: [B, D], [B, D], scalar exp(logit scale) -> scalar."""
-    logits = scale * unit(image) @ unit(text).T  # [B, B]
-    target = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-
-def beta_cal(visual, text, owner, scale, beta, kind="ce"):
-    """β-contextualised contrastive alignment of pooled embeddings with their queries (SPEC §3).
-
-    visual [N, D]: the image of each query, pooled by that query
-    text   [N, D]: the queries
-    owner  [N]:    the image of each row, sorted, 0 … B - 1; best on the CPU, then nothing waits for the device
-    scale:         exp(logit scale of the pooler), scalar
-    beta:          how far other queries of the same image count as positives, 0 … 1
-    kind:          "ce", the soft form, or "bce", the hard form
-    Returns a scalar.
-    """
-    v, t, owner = unit(visual), unit(text), owner.cpu()
-    images, there = int(owner[-1]) + 1, owner.to(v.device, non_blocking=True)
-    own = (v * t).sum(1)                                                    # [N] v_i · t_i
-    counts = own.new_zeros(images).index_add(0, there, torch.ones_like(own))  # [B] queries of each image
-    if kind == "bce":
-        total = SoftplusSum.apply(scale * v, t, owner, beta) + (1 - beta) * F.softplus(-scale * own).sum()  # w_ii = β + (1 - β)
-        return total / (images * counts.max()) ** 2
-
-    d = 1 + beta * (counts - 1)                                             # [B] d_i of each image's queries
-    v_sum = v.new_zeros(images, v.shape[1]).index_add(0, there, v)          # [B, D] V_b
-    t_sum = t.new_zeros(images, t.shape[1]).index_add(0, there, t)          # [B, D] T_b
-    # over the rows of an image, both v_i · T_b and V_b · t_i sum to V_b · T_b
-    positive = 2 * scale * ((1 - beta) * (own / d[there]).sum() + beta * ((v_sum * t_sum).sum(1) / d).sum())
-    over_text, over_visual = LogSumExps.apply(scale * v, t)                 # [N], [N]
-    return (over_text.sum() + over_visual.sum() - positive) / (2 * len(v))
-
-
-class LogSumExps(torch.autograd.Function):
-    """v [N, D], t [N, D] -> log-sum-exps of the rows [N] and of the columns [N] of v @ t.T, tile by tile."""
-
-    @staticmethod
-    def forward(ctx, v, t):
-        rows, columns = torch.empty_like(v[:, 0]), torch.full_like(v[:, 0], -torch.inf)
-        for at in range(0, len(v), TILE):
-            logits = v[at:at + TILE] @ t.T                                  # [R, N]
-            rows[at:at + TILE] = logits.logsumexp(1)
-            columns = torch.logaddexp(columns, logits.logsumexp(0))
-        ctx.save_for_backward(v, t, rows, columns)
-        return rows, columns
-
-    @staticmethod
-    def backward(ctx, grad_rows, grad_columns):
-        v, t, rows, columns = ctx.saved_tensors
-        grad_v, grad_t = torch.empty_like(v), torch.zeros_like(t)
-        for at in range(0, len(v), TILE):
-            mine = slice(at, at + TILE)
-            logits = v[mine] @ t.T                                          # [R, N]
-            grad = (logits - rows[mine, None]).exp_().mul_(grad_rows[mine, None])
-            grad += logits.sub_(columns).exp_().mul_(grad_columns)
-            grad_v[mine] = grad @ t
-            grad_t.addmm_(grad.T, v[mine])
-        return grad_v, grad_t
-
-
-class SoftplusSum(torch.autograd.Function):
-    """v [N, D], t [N, D], owner [N], on the CPU -> the weighted binary cross-entropies of v @ t.T, summed, tile by tile.
-
-    β weighs all pairs of one image, the pair of a query with itself too.
-    """
-
-    @staticmethod
-    def forward(ctx, v, t, owner, beta):
-        ctx.save_for_backward(v, t)
-        ctx.owner, ctx.beta, total = owner, beta, v.new_zeros(())
-        for mine, near, same in SoftplusSum.tiles(owner, v.device):
-            logits = v[mine] @ t.T                                          # [R, N]
-            costs = F.softplus(logits)
-            costs[:, near] = torch.where(same, beta * (costs[:, near] - logits[:, near]), costs[:, near])
-            total += costs.sum()
-        return total
-
-    @staticmethod
-    def backward(ctx, grad_total):
-        v, t = ctx.saved_tensors
-        grad_v, grad_t = torch.empty_like(v), torch.zeros_like(t)
-        for mine, near, same in SoftplusSum.tiles(ctx.owner, v.device):
-            grad = (v[mine] @ t.T).sigmoid_()                               # [R, N]
-            grad[:, near] = torch.where(same, ctx.beta * (grad[:, near] - 1), grad[:, near])
-            grad_v[mine] = grad @ t
-            grad_t.addmm_(grad.T, v[mine])
-        return grad_v.mul_(grad_total), grad_t.mul_(grad_total), None, None
-
-    @staticmethod
-    def tiles(owner, device):
-        """Rows of each tile, the columns of the images that they belong to, and which of these pairs are of one image."""
-        there = owner.to(device, non_blocking=True)
-        for at in range(0, len(owner), TILE):
-            mine = slice(at, at + TILE)
-            near = slice(*torch.searchsorted(owner, owner[mine][[0, -1]] + torch.tensor([0, 1])).tolist())
-            yield mine, near, there[mine, None] == there[near]
+def gather_rows(x, counts):
+    """As `gather`, where each rank has another number of rows: [n, …] -> [sum(counts), …]."""
+    if len(counts) == 1:
+        return x
+    padding = x.new_zeros(max(counts) - len(x), *x.shape[1:])
+    parts = gather(torch.cat([x, padding])).split(max(counts))
+    return torch.cat([part[:count] for part, count in zip(parts, counts)])

@@ -1,153 +1,185 @@
-"""β-CLIP's model: a Hugging Face CLIP, 248 text positions, and a pooler of patches by text (SPEC §2).
+"""β-CLIP's model: a Hugging Face CLIP, 248 text positions, a pooler of patches by text (paper, section 3).
 
     cls, patches = model.encode_image(pixels)      # [B, D], [B, P, D]
     text = model.encode_text(texts)                # [N, D]
     pooled = model.pooler(text, owner, patches)    # [N, D]
 
-At test time this is a plain CLIP: `cls` against `text`. Patches serve FG-OVD, the pooler serves training.
+At test time it is a plain CLIP: `cls` against `text`. Patches serve FG-OVD, the pooler serves training.
 """
 
 import argparse
-import itertools
 import json
 import math
+from collections import Counter
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers.activations import ACT2FN
 from transformers.utils import logging
 
 logging.disable_progress_bar()
-logging.set_verbosity_error()  # its report of weights that are missing is a page long; here they end the program
+logging.set_verbosity_error()  # its report of missing weights is a page long; `pretrained` raises an error
 
-KEPT = 20            # text positions that stay as they are, and frozen
-OPENAI = "openai/clip-vit-base-patch16"  # all of OpenAI's CLIPs have its tokenizer
-CHUNK_COST = 400     # what one chunk of texts more costs, in tokens
-
-SCRATCH = {"tiny": 128, "wide": 256}  # widths of the models of the built-in scenes, trained from scratch
+FROZEN_POSITIONS = 20  # the first text positions keep their values
 
 
 def stretch_positions(weight):
-    """Text positions for long captions: [77, D] -> [248, D] (SPEC §2).
+    """Text positions for long captions: [77, D] -> [248, D].
 
-    The first KEPT rows stay; each other one becomes four, at 0, ¼, ½, ¾ of the way to its right neighbour; the
-    last one has none and goes on in the direction of its left difference.
+    The first 20 rows stay. Each other row becomes four, at 0, ¼, ½ and ¾ of the way to its right neighbour;
+    the last row has none and is extrapolated with its left difference.
     """
-    rest = weight[KEPT:]                                                            # [57, D]
-    step = torch.cat([rest[1:] - rest[:-1], rest[-1:] - rest[-2:-1]])               # [57, D]
+    rest = weight[FROZEN_POSITIONS:]                                            # [57, D]
+    step = torch.cat([rest[1:] - rest[:-1], rest[-1:] - rest[-2:-1]])           # [57, D]
     quarters = torch.arange(4, dtype=weight.dtype, device=weight.device) / 4
-    between = rest[:, None] + quarters[:, None] * step[:, None]                     # [57, 4, D]
-    return torch.cat([weight[:KEPT], between.flatten(0, 1)])
+    between = rest[:, None] + quarters[:, None] * step[:, None]                 # [57, 4, D]
+    return torch.cat([weight[:FROZEN_POSITIONS], between.flatten(0, 1)])
 
 
-def chunks(lengths):
-    """Sorted lengths of texts -> (start, end) of the chunks that cost least: padded tokens, and CHUNK_COST for each chunk."""
-    ends = [i + 1 for i, length in enumerate(lengths) if i + 1 == len(lengths) or lengths[i + 1] > length]
-    best = {0: (0, 0)}  # end of a chunk: cost up to there, start of that chunk
-    for end in ends:
-        best[end] = min((cost + CHUNK_COST + (end - start) * lengths[end - 1], start) for start, (cost, _) in best.items())
-    cut = [len(lengths)]
-    while cut[-1]:
-        cut.append(best[cut[-1]][1])
-    return list(zip(cut[:0:-1], cut[-2::-1]))
-
-
-class Positions(nn.Module):
+class TextPositions(nn.Module):
     """An nn.Embedding of text positions whose first rows are a buffer: no gradient, no weight decay."""
 
     def __init__(self, weight):
         super().__init__()
-        self.register_buffer("kept", weight[:KEPT].clone())
-        self.learned = nn.Parameter(weight[KEPT:].clone())
-
-    @property
-    def weight(self):
-        return torch.cat([self.kept, self.learned])  # [248, D]
+        self.register_buffer("frozen", weight[:FROZEN_POSITIONS].clone())
+        self.learned = nn.Parameter(weight[FROZEN_POSITIONS:].clone())
 
     def forward(self, ids):
-        return F.embedding(ids, self.weight)
+        return F.embedding(ids, torch.cat([self.frozen, self.learned]))
 
 
 class PatchPooler(nn.Module):
-    """Each query pools the patches of its image by cross-attention. No residual from the query: it would leak."""
+    """Each query pools the patches of its image by cross-attention. A residual would leak the query."""
 
     def __init__(self, dim):
         super().__init__()
         self.attn = nn.MultiheadAttention(dim, num_heads=8, batch_first=True)
         self.ln = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), QuickGELU(), nn.Linear(4 * dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), ACT2FN["quick_gelu"], nn.Linear(4 * dim, dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(self, text, owner, patches):
-        """text [N, D], owner [N] sorted, patches [B, P, D] -> [N, D]. An owner on the CPU spares a host sync."""
-        owner = owner.cpu()
-        counts = owner.bincount(minlength=len(patches))                              # [B] queries of each image
-        slot = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]         # [N] place among its siblings
-        at = (owner * counts.max() + slot).to(text.device, non_blocking=True)        # [N] row in the padded form
-        query = F.normalize(text, dim=-1)                                            # [N, D]
-        query = query.new_zeros(len(patches) * int(counts.max()), text.shape[-1]).index_copy(0, at, query)
-        query = query.unflatten(0, (len(patches), -1))                               # [B, K, D]
+        """text [N, D], owner [N] sorted, on the CPU, patches [B, P, D] -> [N, D]."""
+        counts = owner.bincount(minlength=len(patches)).tolist()                # queries of each image
+        query = F.normalize(text, dim=-1).split(counts)
+        query = pad_sequence(query, batch_first=True)                           # [B, K, D]
         keys = F.normalize(patches, dim=-1)
-        out = self.attn(query, keys, keys, need_weights=False)[0].flatten(0, 1)[at]  # [N, D]
+        out = self.attn(query, keys, keys, need_weights=False)[0]               # [B, K, D]
+        out = torch.cat([rows[:count] for rows, count in zip(out, counts)])     # [N, D]
         return out + self.mlp(self.ln(out))
 
 
-class QuickGELU(nn.Module):
-    def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
+# ---- packed texts: no padding
+
+class PackedTexts(NamedTuple):
+    """N texts for the text encoder: the n distinct ones, sorted by length, stand end to end as T tokens."""
+    tokens: torch.Tensor     # [T]
+    positions: torch.Tensor  # [T] place of each token in its text
+    offsets: torch.Tensor    # [n + 1] int32: where each text starts, and T
+    rows: torch.Tensor       # [N] which of the n texts each of the N is
+    groups: list             # (length, number of texts of that length), ascending
+
+    def to(self, device):
+        tensors = (x.to(device, non_blocking=True) for x in self[:-1])
+        return PackedTexts(*tensors, self.groups)
 
 
-def attend(query, key, value, heads, mask=None):
-    """Attention of `heads` heads, all projected: [B, Q, W], [B, L, W], [B, L, W] -> [B, Q, W]."""
-    split = lambda y: y.unflatten(-1, (heads, -1)).transpose(1, 2)                   # [B, L, W] -> [B, heads, L, W / heads]
-    return F.scaled_dot_product_attention(split(query), split(key), split(value), mask).transpose(1, 2).flatten(2)
+def pack(texts):
+    """A list of N lists of token ids, BOS … EOS -> PackedTexts."""
+    texts = [tuple(text) for text in texts]
+    distinct = sorted(dict.fromkeys(texts), key=len)
+    row = {text: number for number, text in enumerate(distinct)}
+    lengths = torch.tensor([len(text) for text in distinct])
+    offsets = F.pad(lengths.cumsum(0), (1, 0))
+    return PackedTexts(
+        tokens=torch.tensor(list(chain.from_iterable(distinct))),
+        positions=torch.arange(offsets[-1]) - offsets[:-1].repeat_interleave(lengths),
+        offsets=offsets.int(),
+        rows=torch.tensor([row[text] for text in texts]),
+        groups=sorted(Counter(lengths.tolist()).items()),
+    )
+
+
+@torch.compiler.disable  # the groups differ from batch to batch
+def attend(query, key, value, heads, texts, causal):
+    """Attention within each text: key, value [T, W], query [T, W], or [n, W] of one token a text -> as query.
+
+    On a GPU in half precision, FlashAttention takes packed texts as they are. Else: texts of equal length lie
+    side by side, so a group of them is a view.
+    """
+    query, key, value = (x.unflatten(-1, (heads, -1)) for x in (query, key, value))      # [T, H, W / H]
+    tokens = [length * count for length, count in texts.groups]
+    asking = tokens if causal else [count for _, count in texts.groups]
+    if query.is_cuda and query.dtype != torch.float32:
+        longest = texts.groups[-1][0]
+        starts = texts.offsets if causal else torch.arange(len(texts.offsets), device=query.device).int()
+        return varlen_attn(query, key, value, starts, texts.offsets, longest if causal else 1, longest,
+                           window_size=(-1, 0 if causal else -1)).flatten(1)
+    out = []
+    for (_, count), *group in zip(texts.groups, query.split(asking), key.split(tokens), value.split(tokens)):
+        q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in group)          # [count, H, L, W / H]
+        out.append(F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(0, 1))
+    return torch.cat(out).flatten(1)
+
+
+def text_layer(layer, x, texts, eos=None):
+    """A transformer layer on packed texts: x [T, W] -> [T, W]; or, for the tokens `eos` [n] alone, [n, W]."""
+    attn, h = layer.self_attn, layer.layer_norm1(x)
+    x, asking = (x, h) if eos is None else (x[eos], h[eos])
+    mixed = attend(attn.q_proj(asking), attn.k_proj(h), attn.v_proj(h), attn.num_heads, texts, eos is None)
+    x = x + attn.out_proj(mixed)
+    return x + layer.mlp(layer.layer_norm2(x))
+
+
+def image_layer(layer, x):
+    """A transformer layer on images: x [B, 1 + P, W] -> [B, 1 + P, W]."""
+    return layer(x, attention_mask=None)
+
+
+def value_only_layer(layer, x):
+    """The last layer on images, x [B, 1 + P, W] -> as x: CLS attends as usual, a patch sees itself alone."""
+    attn, h = layer.self_attn, layer.layer_norm1(x)
+    value = attn.v_proj(h)                                                               # [B, 1 + P, W]
+    q, k, v = (y.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)                     # [B, H, L, W / H]
+               for y in (attn.q_proj(h[:, :1]), attn.k_proj(h), value))
+    cls = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)             # [B, 1, W]
+    x = x + attn.out_proj(torch.cat([cls, value[:, 1:]], dim=1))
+    return x + layer.mlp(layer.layer_norm2(x))
 
 
 class BetaCLIP(nn.Module):
-    """`clip`, 77 text positions of which become 248 (others stay), and a fresh patch pooler. `clip` is changed in place."""
+    """`clip`, whose 77 text positions become 248 (others stay), and a fresh pooler; changes `clip` itself."""
 
     def __init__(self, clip):
         super().__init__()
-        self.clip = clip
         text = clip.text_model.embeddings
         weight = text.position_embedding.weight.data
         self.stretched = len(weight) == 77
         if self.stretched:
             weight = stretch_positions(weight)
-        text.position_embedding = Positions(weight)
+        text.position_embedding = TextPositions(weight)
         text.register_buffer("position_ids", torch.arange(len(weight))[None], persistent=False)
-        clip.text_model.config.max_position_embeddings = clip.config.text_config.max_position_embeddings = len(weight)
-        self.pooler = PatchPooler(clip.config.projection_dim)
+        clip.config.text_config.max_position_embeddings = self.context = len(weight)
+        self.dim = clip.config.projection_dim
+        self.image_size = clip.config.vision_config.image_size
+        self.clip, self.pooler = clip, PatchPooler(self.dim)
+        self.has_trained_pooler = False
+        self.image_layer, self.text_layer = image_layer, text_layer
 
     @property
     def device(self):
-        return self.clip.logit_scale.device
-
-    @property
-    def pools(self):
-        """Whether the pooler is trained: one that is not is frozen, by `load` and with --cal none."""
-        return self.pooler.logit_scale.requires_grad
-
-    @property
-    def layers(self):
-        """The transformer layers that are called whole: all of both towers but the last, which are spelled out below."""
-        return [*self.clip.vision_model.encoder.layers[:-1], *self.clip.text_model.encoder.layers[:-1]]
-
-    @property
-    def dim(self):
-        return self.clip.config.projection_dim
-
-    @property
-    def context(self):
-        """Tokens of a text, at most."""
-        return self.clip.config.text_config.max_position_embeddings
-
-    @property
-    def image_size(self):
-        return self.clip.config.vision_config.image_size
+        return self.clip.device
 
     def encode_image(self, pixels):
         """pixels [B, 3, H, W] -> cls [B, D], patches [B, P, D], not normalised.
@@ -156,226 +188,222 @@ class BetaCLIP(nn.Module):
         between them, so each stays the embedding of its own place.
         """
         vision = self.clip.vision_model
-        x = vision.pre_layrnorm(vision.embeddings(pixels))                           # [B, 1 + P, W]
+        x = vision.pre_layrnorm(vision.embeddings(pixels))                               # [B, 1 + P, W]
         *layers, last = vision.encoder.layers
         for layer in layers:
-            x = layer(x, attention_mask=None)
-        attn, h = last.self_attn, last.layer_norm1(x)
-        value = attn.v_proj(h)                                                       # [B, 1 + P, W]
-        cls = attend(attn.q_proj(h[:, :1]), attn.k_proj(h), value, attn.num_heads)   # [B, 1, W]
-        x = x + attn.out_proj(torch.cat([cls, value[:, 1:]], dim=1))
-        x = x + last.mlp(last.layer_norm2(x))
-        x = self.clip.visual_projection(vision.post_layernorm(x))                    # [B, 1 + P, D]
+            x = self.image_layer(layer, x)
+        x = value_only_layer(last, x)
+        x = self.clip.visual_projection(vision.post_layernorm(x))                        # [B, 1 + P, D]
         return x[:, 0], x[:, 1:]
 
     def encode_text(self, texts):
-        """texts: list of N 1-D LongTensors, BOS … EOS, best on the CPU -> [N, D], not normalised.
+        """texts: a list of N 1-D LongTensors, BOS … EOS, or PackedTexts -> [N, D], not normalised.
 
-        Equal texts are encoded once, and texts of like length together: the encoder is causal, so a text costs
-        its own length and what pads it changes nothing. The last layer works on EOS alone: nothing else is read.
+        Equal texts are encoded once. A text's embedding is its EOS state: the last layer works for EOS alone.
         """
-        texts = [tuple(text.tolist()) for text in texts]
-        unique = sorted(dict.fromkeys(texts), key=len)
-        embeddings = [self._encode_chunk(unique[start:end]) for start, end in chunks([len(text) for text in unique])]
-        place = {text: row for row, text in enumerate(unique)}
-        rows = torch.tensor([place[text] for text in texts])                         # [N]
-        return torch.cat(embeddings)[rows.to(self.device, non_blocking=True)]
-
-    def _encode_chunk(self, texts):
-        """Tuples of token ids of like length -> [n, D]."""
-        length = torch.tensor([len(text) for text in texts])
-        pinned = self.device.type == "cuda"  # else the copy of a large chunk would wait for the GPU
-        ids = torch.zeros(len(texts), len(texts[-1]), dtype=torch.long, pin_memory=pinned)  # [n, L]; the last is the longest
-        there = torch.arange(ids.shape[1]) < length[:, None]                         # [n, L]
-        ids[there] = torch.tensor(list(itertools.chain.from_iterable(texts)))
-        eos = (torch.arange(len(texts)) * ids.shape[1] + length - 1).to(self.device, non_blocking=True)
-        there = there[:, None, None].to(self.device, non_blocking=True)              # [n, 1, 1, L]
+        if not isinstance(texts, PackedTexts):
+            texts = pack([text.tolist() for text in texts]).to(self.device)
         text = self.clip.text_model
-        x = text.embeddings(input_ids=ids.to(self.device, non_blocking=True))        # [n, L, W]
+        embeddings = text.embeddings
+        x = embeddings.token_embedding(texts.tokens) + embeddings.position_embedding(texts.positions)
         *layers, last = text.encoder.layers
         for layer in layers:
-            x = layer(x, attention_mask=None, is_causal=True)
-        attn, h = last.self_attn, last.layer_norm1(x)                                # in the last layer only EOS asks
-        x, query = x.flatten(0, 1)[eos], attn.q_proj(h.flatten(0, 1)[eos])           # [n, W], [n, W]
-        x = x + attn.out_proj(attend(query[:, None], attn.k_proj(h), attn.v_proj(h), attn.num_heads, there)[:, 0])
-        x = x + last.mlp(last.layer_norm2(x))
-        return self.clip.text_projection(text.final_layer_norm(x))
+            x = self.text_layer(layer, x, texts)                                         # [T, W]
+        x = text_layer(last, x, texts, eos=texts.offsets[1:] - 1)                        # [n, W]
+        return self.clip.text_projection(text.final_layer_norm(x))[texts.rows]           # [N, D]
 
     def forward(self, pixels, texts, owner):
-        """A training step's embeddings; `texts` are the queries of all images, `owner` their images, sorted.
+        """A step's embeddings; `texts` are the queries of all images, `owner` [N] their images, sorted.
 
-        Returns cls [B, D], text [N, D], pooled [N, D] (None where the pooler is frozen).
+        Returns cls [B, D], text [N, D], pooled [N, D]; pooled is None where the pooler is not trained.
         """
         cls, patches = self.encode_image(pixels)
         text = self.encode_text(texts)
-        return cls, text, self.pooler(text, owner, patches) if self.pools else None
+        return cls, text, self.pooler(text, owner, patches) if self.has_trained_pooler else None
+
+    def compile_layers(self):
+        """torch.compile the transformer layers, but for the last of each tower."""
+        torch._dynamo.config.optimize_ddp = False  # which would cut a layer in two
+        self.image_layer, self.text_layer = torch.compile(self.image_layer), torch.compile(self.text_layer)
+
+    def checkpoint_layers(self):
+        """Recompute the layers' activations in the backward pass, but for the last of each tower."""
+        self.image_layer = partial(checkpoint, self.image_layer, use_reentrant=False)
+        self.text_layer = partial(checkpoint, self.text_layer, use_reentrant=False)
 
 
-def tiny(tokenizer, width=SCRATCH["tiny"]):
-    """The model of the built-in scenes, from scratch, for the vocabulary of `tokenizer`.
+# ---- loading and exporting
 
-    Its pooler starts near the mean of the patches: from scratch nothing else ties the space of what is pooled to the
-    space of the patches, which FG-OVD's protocol reads. A pretrained CLIP's patches have their place already.
-    """
-    model = BetaCLIP(CLIPModel(tiny_config(tokenizer, width)))
-    attn, mlp = model.pooler.attn, model.pooler.mlp
-    nn.init.eye_(attn.in_proj_weight.data[2 * width:])  # the rows of the values
-    nn.init.eye_(attn.out_proj.weight)
-    mlp[-1].weight.data.mul_(0.1)
-    return model
-
-
-def tiny_config(tokenizer, width):
-    """Three layers that see 64 x 64 pixels, two that read 77 tokens."""
+def from_scratch(tokenizer, width=128):
+    """A small model with random weights for the built-in scenes: 64 x 64 pixels, `tokenizer`'s vocabulary."""
     tower = dict(hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 32)
-    ids = dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-               pad_token_id=tokenizer.pad_token_id)
-    return CLIPConfig(projection_dim=width, vision_config=tower | dict(num_hidden_layers=3, image_size=64, patch_size=8),
-                      text_config=tower | ids | dict(num_hidden_layers=2, max_position_embeddings=77))
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    vision = tower | dict(num_hidden_layers=3, image_size=64, patch_size=8)
+    text = tower | ids | dict(num_hidden_layers=2, max_position_embeddings=77, vocab_size=len(tokenizer))
+    return BetaCLIP(CLIPModel(CLIPConfig(projection_dim=width, vision_config=vision, text_config=text)))
 
 
-def pretrained(name):
-    """A Hugging Face CLIP, hub name or folder, with stretched positions and a fresh pooler. OSError where there is none."""
-    if not Path(name).is_dir() and name.count("/") != 1:
-        raise OSError("neither a folder nor a hub name (OWNER/NAME)")  # at once, where the hub would be asked for minutes
-    clip, report = CLIPModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{len(missing)} of its weights are missing, the first is {missing[0]}: no CLIP, or not all of one")
-    return BetaCLIP(clip)
-
-
-AUTHORS = (  # parts of their names (SPEC §8), and of Hugging Face's
-    ("visual.cls_token", "vision_model.embeddings.class_embedding"),
+AUTHORS = (  # parts of the authors' parameter names, and of Hugging Face's
+    ("module.", ""), ("visual.cls_token", "vision_model.embeddings.class_embedding"),
     ("visual.pos_embed", "vision_model.embeddings.position_embedding.weight"),
-    ("visual.patch_embed.proj", "vision_model.embeddings.patch_embedding"), ("visual.norm_pre", "vision_model.pre_layrnorm"),
-    ("visual.norm.", "vision_model.post_layernorm."), ("visual.blocks", "vision_model.encoder.layers"),
-    ("transformer.resblocks", "text_model.encoder.layers"), ("token_embedding", "text_model.embeddings.token_embedding"),
-    ("ln_final", "text_model.final_layer_norm"), (".attn.proj", ".self_attn.out_proj"), (".attn.", ".self_attn."), (".norm1", ".layer_norm1"),
-    (".norm2", ".layer_norm2"), (".ln_1", ".layer_norm1"), (".ln_2", ".layer_norm2"), ("c_fc", "fc1"), ("c_proj", "fc2"),
-)
-AUTHORS_POOLER = (("ln_2", "ln"), ("mlp.c_fc", "mlp.0"), ("mlp.c_proj", "mlp.2"))
+    ("visual.patch_embed.proj", "vision_model.embeddings.patch_embedding"),
+    ("visual.norm_pre", "vision_model.pre_layrnorm"), ("visual.norm.", "vision_model.post_layernorm."),
+    ("visual.blocks", "vision_model.encoder.layers"), ("transformer.resblocks", "text_model.encoder.layers"),
+    ("token_embedding", "text_model.embeddings.token_embedding"), ("ln_final", "text_model.final_layer_norm"),
+    (".attn.proj", ".self_attn.out_proj"), (".attn.", ".self_attn."), (".norm1", ".layer_norm1"),
+    (".norm2", ".layer_norm2"), (".ln_1", ".layer_norm1"), (".ln_2", ".layer_norm2"),
+    ("c_fc", "fc1"), ("c_proj", "fc2"))
+AUTHORS_POOLER = (("module.", ""), ("text_conditioned_patches_block.", ""), ("ln_2", "ln"),
+                  ("mlp.c_fc", "mlp.0"), ("mlp.c_proj", "mlp.2"))
 
 
-def from_authors(theirs, heads=None):
-    """The authors' state_dict (SPEC §8) -> BetaCLIP. Sizes are the tensors'; `heads` where a head is not 64 wide."""
-    theirs = {name.removeprefix("module."): tensor for name, tensor in theirs.items()}
+def from_authors(state_dict, heads=None):
+    """The authors' state_dict -> BetaCLIP, of the tensors' sizes; `heads` where a head is not 64 wide."""
     ours, pooler = {}, {}
-    for name, tensor in theirs.items():
-        if name.startswith("text_conditioned_patches_block."):
-            name = name.removeprefix("text_conditioned_patches_block.")
-            for old, new in AUTHORS_POOLER:
-                name = name.replace(old, new)
-            pooler[name] = tensor
-            continue
-        for old, new in AUTHORS:
+    for name, tensor in state_dict.items():
+        part, names = (pooler, AUTHORS_POOLER) if "text_conditioned" in name else (ours, AUTHORS)
+        for old, new in names:
             name = name.replace(old, new)
-        if ".qkv." in name:
-            ours |= {name.replace("qkv", part + "_proj"): rows for part, rows in zip("qkv", tensor.chunk(3))}
+        if ".qkv." in name:  # q, k and v, stacked
+            part |= {name.replace("qkv", f"{one}_proj"): rows for one, rows in zip("qkv", tensor.chunk(3))}
         else:
-            ours[name] = tensor
+            part[name] = tensor
     ours["visual_projection.weight"] = ours.pop("image_projection").T
     ours["text_projection.weight"] = ours.pop("text_projection").T
-    ours["vision_model.embeddings.class_embedding"] = ours["vision_model.embeddings.class_embedding"].flatten()
-    patches = ours["vision_model.embeddings.position_embedding.weight"] = ours["vision_model.embeddings.position_embedding.weight"][0]
+    image = "vision_model.embeddings."
+    ours[image + "class_embedding"] = ours[image + "class_embedding"].flatten()
+    ours[image + "position_embedding.weight"] = ours[image + "position_embedding.weight"][0]
     fixed, learned = ours.pop("positional_embedding"), ours.pop("positional_embedding_res")
-    ours["text_model.embeddings.position_embedding.weight"] = torch.cat([fixed[:KEPT], learned[KEPT:]])
+    positions = torch.cat([fixed[:FROZEN_POSITIONS], learned[FROZEN_POSITIONS:]])
+    ours["text_model.embeddings.position_embedding.weight"] = positions
 
-    def sizes(part, width):
+    def tower(part):
+        width = len(ours[f"{part}.encoder.layers.0.layer_norm1.weight"])
         if width % 64 and not heads:
-            raise ValueError(f"{part} is {width} wide, no multiple of 64: say how many heads it has, as in load(path, heads=4)")
-        layers = sum(name.startswith(f"{part}.encoder.layers.") and name.endswith("fc1.bias") for name in ours)
-        return dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads or width // 64)
+            raise ValueError(f"{part} is {width} wide, no multiple of 64: say how many heads it has")
+        layers = sum(name.startswith(part) and name.endswith("fc1.bias") for name in ours)
+        return dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+                    num_attention_heads=heads or width // 64)
 
-    (dim, vision_width), (_, text_width) = ours["visual_projection.weight"].shape, ours["text_projection.weight"].shape
-    patch = ours["vision_model.embeddings.patch_embedding.weight"].shape[-1]
+    patch = ours[image + "patch_embedding.weight"].shape[-1]
+    side = math.isqrt(len(ours[image + "position_embedding.weight"]) - 1)
     vocabulary = len(ours["text_model.embeddings.token_embedding.weight"])
-    vision = sizes("vision_model", vision_width) | dict(patch_size=patch, image_size=patch * math.isqrt(len(patches) - 1))
-    text = sizes("text_model", text_width) | dict(vocab_size=vocabulary, bos_token_id=vocabulary - 2,
-                                                  eos_token_id=vocabulary - 1, max_position_embeddings=len(fixed))
+    vision = tower("vision_model") | dict(patch_size=patch, image_size=patch * side)
+    text = tower("text_model") | dict(vocab_size=vocabulary, bos_token_id=vocabulary - 2,
+                                      eos_token_id=vocabulary - 1, max_position_embeddings=len(positions))
+    dim = len(ours["visual_projection.weight"])
     clip = CLIPModel(CLIPConfig(projection_dim=dim, vision_config=vision, text_config=text))
     clip.load_state_dict(ours)
     model = BetaCLIP(clip)
     model.pooler.load_state_dict(pooler)
+    model.has_trained_pooler = True
     return model
 
 
 def read(path):
-    """A torch file -> the dict that it holds; tensors and plain values only: nothing pickled is executed. ValueError for any other file."""
+    """The dict in a torch file. Tensors and plain values only: no pickle is executed. Else ValueError."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the authors' checkpoints hold one
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(saved, dict) or not saved:
-            raise TypeError("no dict, or an empty one")
-        return saved
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(f"{path}: no checkpoint, or one that holds more than tensors and plain values: not loaded") from error
+        raise ValueError(f"{path}: no checkpoint, or one with more than tensors and plain values") from error
 
 
-def newest(run):
-    """The last checkpoint of a run's folder: checkpoint.pt, or previous.pt where a kill left that alone."""
-    run = Path(run)
-    return run / "previous.pt" if (run / "previous.pt").exists() and not (run / "checkpoint.pt").exists() else run / "checkpoint.pt"
+def load(source, heads=None, size=None):
+    """A run's folder, an authors' .pt, or a Hugging Face CLIP (folder or hub name) -> BetaCLIP, on the CPU.
 
-
-def load(source, heads=None):
-    """A run's folder, an authors' .pt, or a Hugging Face CLIP (folder or hub name) -> BetaCLIP on the CPU, ready for eval.
-
-    `heads`: attention heads of the authors' towers, where a head is not 64 wide.
-    Raises OSError where nothing is, ValueError where something else is; what torch and transformers raise of broken weights.
+    heads: attention heads of the authors' towers, where a head is not 64 wide
+    size:  pixels of an image's side, where not the model's own; position embeddings are resampled
+    Raises OSError where nothing is, ValueError where something else is, and what torch raises.
     """
     path = Path(source)
-    if not path.exists() or (path / "config.json").is_file():
-        model, trained = pretrained(source), (path / "pooler.safetensors").is_file()
-        if trained:
-            model.pooler.load_state_dict(load_file(path / "pooler.safetensors"))
-        model.pooler.requires_grad_(trained)
-        return model.eval()
-    saved = read(newest(path) if path.is_dir() else path)
-    if "config" in saved:
-        model = BetaCLIP(CLIPModel(CLIPConfig(**json.loads(saved["config"]))))
-        model.load_state_dict(saved["model"])
-        model.pooler.requires_grad_(saved["args"]["cal"] != "none")
-    elif any(name.endswith("positional_embedding_res") for name in saved.get("state_dict", ())):
-        model = from_authors(saved["state_dict"], heads)
+    if path.suffix != ".pt" and not (path / "checkpoint.pt").is_file():
+        model = pretrained(source)
     else:
-        raise ValueError(f"{path}: neither a checkpoint of train.py nor one of the authors'")
+        saved = read(path if path.is_file() else path / "checkpoint.pt")
+        if "config" in saved:
+            model = BetaCLIP(CLIPModel(CLIPConfig(**json.loads(saved["config"]))))
+            model.load_state_dict(saved["model"])
+            model.has_trained_pooler = saved["args"]["cal"] != "none"
+        elif "state_dict" in saved:
+            model = from_authors(saved["state_dict"], heads)
+        else:
+            raise ValueError(f"{path}: neither a checkpoint of train.py nor one of the authors'")
+    if size and size != model.image_size:
+        resize_images(model, size)
     return model.eval()
 
 
-def export(model, tokenizer, folder):
-    """Write a folder that stock transformers load: CLIPModel with 248 positions, tokenizer, processor; a trained pooler is beside it."""
-    name, state = "text_model.embeddings.position_embedding.", model.clip.state_dict()
-    state[name + "weight"] = torch.cat([state.pop(name + "kept"), state.pop(name + "learned")])
-    clip = CLIPModel(model.clip.config)
-    clip.load_state_dict(state)
-    clip.save_pretrained(folder)
-    tokenizer.model_max_length = model.context
-    size = model.image_size
-    images = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-    CLIPProcessor(images, tokenizer).save_pretrained(folder)
-    if model.pools:
-        save_file(model.pooler.state_dict(), Path(folder) / "pooler.safetensors")
+def pretrained(name):
+    """A Hugging Face CLIP, hub name or folder -> BetaCLIP, with the pooler that lies beside, if one does."""
+    local = Path(name).is_dir()
+    if not local and str(name).count("/") != 1:  # the hub would be asked for minutes
+        raise OSError("neither a folder, nor a .pt file, nor a hub name (OWNER/NAME)")
+    clip, report = CLIPModel.from_pretrained(name, dtype=torch.float32, attn_implementation="sdpa",
+                                             output_loading_info=True)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}: not a whole CLIP")
+    model = BetaCLIP(clip)
+    pooler = Path(name if local else snapshot_download(name, allow_patterns="pooler.safetensors"))
+    if (pooler / "pooler.safetensors").is_file():
+        model.pooler.load_state_dict(load_file(pooler / "pooler.safetensors"))
+        model.has_trained_pooler = True
+    return model
 
 
-def load_tokenizer(source, model=None):
-    """The tokenizer that belongs to the model that `load` makes of the same source. OSError where there is none.
+def resize_images(model, size):
+    """Let `model` see images of another size: resample its positions, bicubic, as transformers does."""
+    embeddings = model.clip.vision_model.embeddings
+    if size % embeddings.patch_size:
+        raise ValueError(f"{size} pixels are no multiple of its patches of {embeddings.patch_size}")
+    weight = embeddings.position_embedding.weight.data                                   # [1 + P, W]
+    old, new = math.isqrt(len(weight) - 1), size // embeddings.patch_size
+    grid = weight[1:].T.unflatten(1, (old, old))[None]                                   # [1, W, old, old]
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    weight = torch.cat([weight[:1], grid[0].flatten(1).T])                               # [1 + new², W]
+    embeddings.position_embedding = nn.Embedding.from_pretrained(weight, freeze=False)
+    embeddings.register_buffer("position_ids", torch.arange(len(weight))[None], persistent=False)
+    embeddings.image_size = model.clip.config.vision_config.image_size = model.image_size = size
 
-    ValueError where it has more tokens than `model`.
 
-    An authors' .pt comes without one: it is OpenAI's, read from the folder of the .pt, or else from the hub.
+OPENAI = "openai/clip-vit-base-patch16"  # all of OpenAI's CLIPs share its tokenizer
+
+
+def load_tokenizer(source, model):
+    """The tokenizer of the model that `load` made of `source`; an authors' .pt has OpenAI's, maybe beside it.
+
+    Raises OSError where there is none, ValueError where it has more tokens than the model.
     """
-    name = source
     if Path(source).is_file():
-        beside = Path(source).parent
-        name = beside if (beside / "tokenizer_config.json").is_file() else OPENAI
-    tokenizer = CLIPTokenizer.from_pretrained(name)
-    if len(tokenizer) < 512:  # the bytes alone are so many; transformers makes an empty one where it finds no files
-        raise OSError("no tokenizer in it" if name == source else
-                      f"its tokenizer, {OPENAI}'s, cannot be fetched: save that tokenizer's files in {beside}")
+        folder = Path(source).parent
+        source = folder if (folder / "tokenizer_config.json").is_file() else OPENAI
+    tokenizer = CLIPTokenizer.from_pretrained(source)
+    if len(tokenizer) < 256:  # transformers makes an empty one where it finds no files
+        raise OSError(f"no tokenizer in {source}" if source != OPENAI else
+                      f"OpenAI's tokenizer cannot be fetched: save that of {OPENAI} in {folder}")
     tokenizer.backend_tokenizer.no_truncation()  # which may have been saved with it
     tokenizer.backend_tokenizer.no_padding()
-    if model and len(tokenizer) > (size := model.clip.config.text_config.vocab_size):
-        raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, the model {size}: they do not belong together")
+    size = model.clip.config.text_config.vocab_size
+    if len(tokenizer) > size:
+        raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, the model only {size}")
     return tokenizer
+
+
+def export(model, tokenizer, folder, card=None):
+    """Write a folder that stock transformers load, with 248 text positions; a trained pooler lies beside.
+
+    card: what README.md, a page for the hub, says of it: base, command, table (str)
+    """
+    state, name = model.clip.state_dict(), "text_model.embeddings.position_embedding."
+    state[name + "weight"] = torch.cat([state.pop(name + "frozen"), state.pop(name + "learned")])
+    model.clip.save_pretrained(folder, state_dict=state)
+    tokenizer.model_max_length, size = model.context, model.image_size
+    images = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    CLIPProcessor(images, tokenizer).save_pretrained(folder)
+    if model.has_trained_pooler:
+        save_file(model.pooler.state_dict(), Path(folder) / "pooler.safetensors")
+    if card:
+        template = Path(__file__).with_name(".github") / "model_card.md"
+        Path(folder, "README.md").write_text(template.read_text().format(folder=folder, **card))

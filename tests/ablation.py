@@ -1,11 +1,11 @@
-"""The paper's ablation at the scale of the built-in scenes, run by hand: it launches train.py and tabulates what that measured.
+"""The paper's ablation at the scale of the built-in scenes, run by hand: launches train.py, tabulates what it measured.
 
-    python tests/ablation.py            # runs what is not done yet, under runs/ablation/, then prints the table
-    python tests/ablation.py --table    # only the table of what is done
+    python tests/ablation.py              # runs what is not done yet, under runs/ablation/, then prints the table
+    python tests/ablation.py --table      # only the table of what is done
 
-A run that was stopped goes on where its checkpoint stands; its output is in NAME.log beside its folder.
-On a CPU the runs are of train.py's default size, each on one core and as many at a time as there are; only those of
-THRICE get three seeds. With CUDA they are wider and longer, one after the other, and all get three.
+All rows start from one base, as the paper's from one CLIP, with three seeds of the fine-tuning; two rows also start from
+a second base. A run that was stopped resumes; its output is in NAME.log beside its folder. On a CPU, as many runs at a
+time as there are cores, one thread each; with CUDA one after the other.
 """
 
 import json
@@ -18,53 +18,74 @@ from pathlib import Path
 
 import torch
 
-CUDA = torch.cuda.is_available()
 ROOT = Path(__file__).parent.parent
-RUNS = ROOT / "runs" / ("ablation-wide" if CUDA else "ablation")
-COLUMNS = {"hard": "Hard", "medium": "Medium", "easy": "Easy", "trivial": "Trivial", "T2I R@1": "T2I", "I2T R@1": "I2T"}
-SETTINGS = {"CLIP alone": "--cal none"}
-SETTINGS |= {f"soft, β = {beta}": f"--cal ce --beta {beta}" for beta in (0, 0.25, 0.5, 0.75, 1)}
-SETTINGS |= {"soft, β = 0.5, no phrases": "--cal ce --beta 0.5 --phrases 0",
-             "soft, β = 0.5, no sentences": "--cal ce --beta 0.5 --sentences 0"}
-SETTINGS |= {f"hard, β = {beta}": f"--cal bce --beta {beta}" for beta in (0, 0.25, 0.5, 0.75, 1)}
-THRICE = ("CLIP alone", "soft, β = 0.5", "hard, β = 0.5", "soft, β = 0.5, no phrases")
+RUNS = ROOT / "runs" / "ablation"
+COLUMNS = {"hard": "Hard", "medium": "Medium", "easy": "Easy", "trivial": "Trivial", "pointing": "pointing",
+           "T2I R@1": "T2I", "I2T R@1": "I2T"}
+SEEDS = range(3)
+ROWS = {  # name: base, flags; in the order in which they are run
+    "CLIP alone": (0, "--cal none"),
+    "soft, β = 0.5": (0, "--cal ce --beta 0.5"),
+    "hard, β = 0.5": (0, "--cal bce --beta 0.5"),
+    "hard, β = 0.5, weight B·K": (0, "--cal bce --beta 0.5 --cal-weight 896"),
+    "soft, β = 0.5, weight 8": (0, "--cal ce --beta 0.5 --cal-weight 8"),
+    "soft + hard, β = 0.5": (0, "--cal ce+bce --beta 0.5"),
+    "soft, β = 0.5, no phrases": (0, "--cal ce --beta 0.5 --phrases 0"),
+    "soft, β = 0.5, no sentences": (0, "--cal ce --beta 0.5 --sentences 0"),
+    "soft, β = 0": (0, "--cal ce --beta 0"),
+    "soft, β = 1": (0, "--cal ce --beta 1"),
+    "CLIP alone, second base": (1, "--cal none"),
+    "soft, β = 0.5, second base": (1, "--cal ce --beta 0.5"),
+    "soft, β = 0.25": (0, "--cal ce --beta 0.25"),
+    "soft, β = 0.75": (0, "--cal ce --beta 0.75"),
+    "hard, β = 0": (0, "--cal bce --beta 0"),
+    "hard, β = 0.25": (0, "--cal bce --beta 0.25"),
+    "hard, β = 0.75": (0, "--cal bce --beta 0.75"),
+    "hard, β = 1": (0, "--cal bce --beta 1"),
+}
 
 
-def folder(setting, seed):
-    return RUNS / f"{SETTINGS[setting].replace('--', '').replace(' ', '-')}-seed{seed}"
+def folder(row, seed):
+    base, flags = ROWS[row]
+    return RUNS / f"base{base}-{flags.replace('--', '').replace(' ', '-')}-seed{seed}"
 
 
-def run(setting, seed):
-    out = folder(setting, seed)
+def run(out, flags):
+    """One training, where it is not done yet."""
     if (out / "eval.json").is_file():
         return
-    print(f"{setting}, seed {seed}", flush=True)
-    flags = [*SETTINGS[setting].split(), "--seed", str(seed), "--out", str(out)]
-    flags += ["--model", "wide", "--epochs", "8"] if CUDA else ["--workers", "1"]
-    threads = {} if CUDA else {"OMP_NUM_THREADS": "1"}  # two processes of two threads on two cores would be many times slower
+    print(out.name, flush=True)
+    threads = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}
     with open(f"{out}.log", "w") as log:
-        if subprocess.run([sys.executable, "train.py", *flags], cwd=ROOT, env=os.environ | threads, stdout=log, stderr=log).returncode:
-            print(f"failed: {setting}, seed {seed}: see {out}.log", flush=True)
+        command = [sys.executable, "train.py", *flags.split(), "--out", str(out)]
+        if subprocess.run(command, cwd=ROOT, env=os.environ | threads, stdout=log, stderr=log).returncode:
+            print(f"failed: see {out}.log", flush=True)
 
 
-def row(setting):
+def line(row):
     """A line of the table: mean ± standard deviation over the seeds that are done."""
-    files = [folder(setting, seed) / "eval.json" for seed in range(3)]
+    files = [folder(row, seed) / "eval.json" for seed in SEEDS]
     scores = [json.loads(file.read_text())["scenes"] for file in files if file.is_file()]
-    cells = [[score[column] for score in scores] for column in COLUMNS]
-    return f"| {setting} | {len(scores)} | " + " | ".join(
-        f"{statistics.mean(cell):.1f}" + (f" ± {statistics.stdev(cell):.1f}" if len(cell) > 1 else "") if cell else "" for cell in cells) + " |"
+    cells = []
+    for column in COLUMNS:
+        cell = [score[column] for score in scores]
+        spread = f" ± {statistics.stdev(cell):.1f}" if len(cell) > 1 else ""
+        cells.append(f"{statistics.mean(cell):.1f}{spread}" if cell else "")
+    return f"| {row} | {len(scores)} | {' | '.join(cells)} |"
 
 
 def main():
     if "--table" not in sys.argv:
         RUNS.mkdir(parents=True, exist_ok=True)
-        jobs = [(setting, seed) for seed in range(3) for setting in sorted(SETTINGS, key=lambda s: s not in THRICE)
-                if not seed or CUDA or setting in THRICE]
-        with ThreadPoolExecutor(1 if CUDA else os.cpu_count()) as pool:
-            list(pool.map(lambda job: run(*job), jobs))
-    print("| setting | seeds | " + " | ".join(COLUMNS.values()) + " |\n| --- | ---: |" + " ---: |" * len(COLUMNS))
-    print("\n".join(map(row, SETTINGS)))
+        with ThreadPoolExecutor(1 if torch.cuda.is_available() else os.cpu_count()) as pool:
+            bases = [pool.submit(run, RUNS / f"base{base}", "--model scratch --cal none --sentences 1 --epochs 0.64 "
+                                 f"--seed {base}") for base in (0, 1)]
+            [base.result() for base in bases]
+            for row, (base, flags) in ROWS.items():
+                for seed in SEEDS:
+                    pool.submit(run, folder(row, seed), f"{flags} --seed {seed} --model {RUNS}/base{base}/hf")
+    print(f"| setting | seeds | {' | '.join(COLUMNS.values())} |\n| --- | ---: |{' ---: |' * len(COLUMNS)}")
+    print("\n".join(map(line, ROWS)))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,58 @@
+"""What several test modules share."""
+
+import json
 import os
+import random
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts are no package
-os.environ["HF_HUB_OFFLINE"] = "1"                     # no test may depend on a download,
-os.environ["CUDA_VISIBLE_DEVICES"] = ""                # nor bit-exact comparisons on a GPU
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))              # the scripts are no package
+os.environ["HF_HUB_OFFLINE"] = "1"         # no test may depend on a download,
+os.environ["CUDA_VISIBLE_DEVICES"] = ""    # nor bit-exact comparisons on a GPU
 import torch
+from PIL import Image
 
 import data
 import eval as evaluation
 import model as models
 
 torch.set_num_threads(1)  # as the processes that tests start; and small models gain nothing from more
+
+
+def write(path, content):
+    """A file of bytes, of text, or of anything as JSON; its folders too. Returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not isinstance(content, (bytes, str)):
+        content = json.dumps(content)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def picture(path, size=(90, 70), seed=0):
+    """A file of coloured noise, all of it smooth enough to survive JPEG. Returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = Image.frombytes("RGB", (9, 7), random.Random(seed).randbytes(189))
+    noise.resize(size, Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+@pytest.fixture
+def refused(capfd):
+    """main, its arguments -> the one line on stderr that it ends in, with exit code 2 (notes and bars do not count)."""
+    def run(main, *argv):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(part) for part in argv])
+        error = capfd.readouterr().err
+        notes = r"\s*($|note: |nothing will be|unreadable image, another|.*fresh pooler|.*is trained on|.*\d%\||.*examples)"
+        lines = [line.strip() for line in re.split("[\r\n]+", error) if not re.match(notes, line)]
+        assert stop.value.code == 2 and len(lines) == 1, error
+        return lines[0]
+    return run
 
 
 @pytest.fixture
@@ -29,15 +68,18 @@ def tokenizer():
 @pytest.fixture
 def tiny(tokenizer):
     torch.manual_seed(0)
-    return models.tiny(tokenizer)
+    model = models.from_scratch(tokenizer)
+    model.has_trained_pooler = True
+    return model
 
 
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory, tokenizer):
-    """A folder as a finished run's hf/. Nobody may write in it."""
+    """A folder as a finished run's hf/, with a pooler. Nobody may write in it."""
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("clip")
-    models.export(models.tiny(tokenizer), tokenizer, folder)
+    folder, model = tmp_path_factory.mktemp("clip"), models.from_scratch(tokenizer)
+    model.has_trained_pooler = True
+    models.export(model, tokenizer, folder)
     return folder
 
 

@@ -1,14 +1,43 @@
-"""Captions to sentences and phrases, against the authors' numbers."""
+"""Images and captions on disk: captions to queries, every form of data, odd and bad input."""
 
 import gzip
 import json
+import multiprocessing
+import sys
 from pathlib import Path
+from unittest.mock import Mock
 
+import datasets
+import numpy as np
 import pytest
+from conftest import ROOT, picture, write
+from PIL import Image, ImageChops
 from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import data
+import eval as evaluation
+import train
+
+SHARED = ROOT.parent / "shared/data"
+NAMES, IMAGES = Path("a.json"), Path("images")  # in the working folder
+ROW = {"image": "a.png", "caption": "x"}
+FLAGS = "--data a.json --root images --batch-size 4 --phrases 0 --workers 0 --out run --model".split()
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """A working folder, an empty cache of `datasets`, and no model of spaCy; images are not cropped."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(data.RandomResizedCrop, "get_params", lambda image, *_: (0, 0, *image.size[::-1]))
+    monkeypatch.setitem(sys.modules, "en_core_web_sm", None)
+    data.parser.cache_clear()
+    picture(IMAGES / "a.png")
+
+
+def read(source, root=IMAGES, phrases=0, sentences=5, columns=None):
+    return data.Captions(source, root, 64, data.QuerySettings(sentences, phrases), columns)
 
 
 def test_sentences_golden(golden):
@@ -17,33 +46,165 @@ def test_sentences_golden(golden):
         assert data.split_sentences(case["clean"]) == case["sentences"]
 
 
-def test_phrases_golden(golden):
-    spacy = pytest.importorskip("spacy")
-    vocab = spacy.blank("en").vocab
-    matchers = data.phrase_matchers(vocab)
-    for case in json.loads((golden / "phrases.json").read_text()):
-        tokens, sentences = iter(case["tokens"]), []
-        for length in case["sentence_lengths"]:  # heads count from the sentence's first token
-            part = [next(tokens) for _ in range(length)]
-            doc = spacy.tokens.Doc(vocab, words=[t["text"] for t in part], pos=[t["pos"] for t in part],
-                                   deps=[t["dep"] for t in part], heads=[t["head"] for t in part])
-            sentences.append(data.extract_phrases(doc, matchers))
-        assert data.order_phrases(sentences) == case["phrases"]
-
-
-def test_curly_quotes_are_straightened_before_the_real_bpe():
-    shared = Path(data.__file__).parent.parent / "shared" / "data"
-    if not shared.is_dir():
+@pytest.mark.parametrize("file, least", [("phrases.json", 7), (SHARED / "phrases_trained.json", 44)])
+def test_phrases_are_the_authors_and_parsed_once_by_all_processes(golden, monkeypatch, file, least):
+    if not (golden / file).exists():
         pytest.skip("no ../shared/data")
-    lines = gzip.open(shared / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8").read().split("\n")
-    merges = [tuple(line.split()) for line in lines[1:48895]]
-    tokens = list(bytes_to_unicode().values())
-    tokens += [token + "</w>" for token in tokens] + ["".join(pair) for pair in merges] + ["<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
-    assert len(tokenizer) == 49408
-    # CLIP's README and notebooks: "a diagram" is 320 22697
-    assert data.tokenize(tokenizer, ["a diagram"], [248])[0].tolist() == [49406, 320, 22697, 49407]
-    curly, straight = data.tokenize(tokenizer, ["the dog’s “ball”", "the dog's \"ball\""], [248, 248])
-    assert curly.tolist() == straight.tolist()
-    captions = [row["caption"] for row in json.loads((shared / "urban1k_captions.json").read_text())]
-    assert max(map(len, data.tokenize(tokenizer, captions, [999] * 50))) <= data.CONTEXT
+    spacy, cases = pytest.importorskip("spacy"), json.loads((golden / file).read_text())
+    vocab, log, parses = spacy.blank("en").vocab, write(Path("log"), ""), {}
+    for case in cases:
+        tokens = iter(case.get("tokens", ()))
+        parts = [[next(tokens) for _ in range(length)] for length in case.get("sentence_lengths", ())]
+        parses |= {"".join(token["text"] for token in parse): parse for parse in case.get("parsed", parts)}
+
+    def pipe(texts, batch_size):
+        for text in texts:
+            log.write_text(log.read_text() + text + "\n")
+            parse = parses[text.replace(" ", "")]  # which says that a sentence has a full stop, and one
+            words, *columns = ([token[name] for token in parse] for name in ("text", "pos", "dep", "head"))
+            spaces = [token.get("space", True) for token in parse]
+            yield spacy.tokens.Doc(vocab, words, spaces, **dict(zip(("pos", "deps", "heads"), columns)))
+
+    monkeypatch.setattr(spacy, "load", Mock(return_value=Mock(vocab=vocab, pipe=pipe)))
+    write(NAMES, [ROW | {"caption": case.get("text") or ". ".join(case["sentences"])} for case in cases])
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        pool.starmap(read, [(NAMES, IMAGES, 30)] * 2, chunksize=1)
+    samples = read(NAMES, phrases=30)
+    parsed = log.read_text()
+    assert parsed.count("\n") == sum(len(captions[0]) for captions in samples.captions["sentences"])
+    same = sum([text for text, level in samples[0, index][1] if level == "phrase"] == case["phrases"]
+               for index, case in enumerate(cases))
+    print(f"{same} of {len(cases)} lists are equal")
+    assert same >= least
+    monkeypatch.setattr(data, "__file__", write(Path("data.py"), Path(data.__file__).read_text() + "#"))
+    read(NAMES, phrases=30)
+    assert log.read_text() == parsed * 2  # other code parses anew
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data")
+def test_curly_quotes_are_straightened_before_the_real_bpe():
+    lines = gzip.open(SHARED / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8").read().split("\n")
+    merges, letters = [tuple(line.split()) for line in lines[1:48895]], [*bytes_to_unicode().values()]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]
+    vocab = {token: number for number, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
+    texts = ["a diagram", "the dog’s “ball”", "the dog's \"ball\""]
+    diagram, curly, straight = data.tokenize(CLIPTokenizer(vocab=vocab, merges=merges), texts)
+    assert diagram == [49406, 320, 22697, 49407] and curly == straight  # as in CLIP's README
+
+
+@pytest.mark.parametrize("source", [
+    "a.json", "a.jsonl", "b.json", "a.parquet", "images", "hub/name/*.parquet", "hub/name"])
+def test_every_form_of_data_reads_alike(source):
+    rows = [{"image": f"{i}.jpg", "caption": f"Number {i}, an emoji 🦊. عربي"} for i in range(4)]
+    files = [picture(IMAGES / row["image"], (64, 64), seed) for seed, row in enumerate(rows)]
+    inside = [{"bytes": file.read_bytes(), "path": None} for file in files]
+    table = datasets.Dataset.from_list([row | {"image": image} for row, image in zip(rows, inside)])
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    write(Path("a.json"), rows)
+    write(Path("a.jsonl"), lines)
+    write(Path("b.json"), {"annotations": rows})
+    write(IMAGES / "metadata.jsonl", lines.replace('"image"', '"file_name"'))
+    table.to_parquet("a.parquet")
+    Path("hub/name").mkdir(parents=True)
+    for part in range(2):
+        table.cast_column("image", datasets.Image()).shard(2, part).to_parquet(f"hub/name/{part}.parquet")
+    samples = read(source, IMAGES if "json" in source else "nowhere")
+    assert len(samples) == 4
+    for index, (row, file) in enumerate(zip(rows, files)):
+        pixels, queries, unreadable = samples[0, index]
+        assert queries[0] == (row["caption"], "caption") and not unreadable
+        assert np.array_equal(pixels.permute(1, 2, 0), Image.open(file))
+
+
+def test_sv1k_is_never_trained_on(monkeypatch):
+    monkeypatch.setattr(data, "HELD_OUT", 3)
+    answers = [[("human", "What?"), ("gpt", f"Number {i}"), ("gpt", "Another answer")] for i in range(8)]
+    talks = [[{"from": name, "value": text} for name, text in answer] for answer in answers]
+    write(IMAGES / data.SHAREGPT4V, [{"image": "a.png", "conversations": talk} for talk in talks])
+    samples = read(IMAGES / data.SHAREGPT4V)
+    assert [samples[0, i][1][0][0] for i in range(len(samples))] == [f"Number {i}" for i in range(3, 8)]
+    assert [caption for _, [caption] in evaluation.sv1k(IMAGES)] == [f"Number {i}" for i in range(3)]
+
+
+def test_a_draw_has_one_of_its_rows_captions_and_the_phrases_of_its_sentences():
+    rows = [(["A red dog sits.\nA cat cat sleeps"], ["red dog", "cat", "at home"]),
+            (["One", " ", "Two"], []), ([" \n"], []), ([], [])]
+    write(NAMES, [ROW | {"caption": captions, "phrases": phrases} for captions, phrases in rows])
+    samples = read(NAMES, sentences=1, phrases=9)
+    assert len(samples) == 2  # without those that have no caption
+    first, second = ({tuple(text for text, _ in samples[epoch, index][1][1:]) for epoch in range(20)}
+                     for index in range(2))
+    assert first == {("A red dog sits", "red dog", "at home"), ("A cat sleeps", "cat", "at home")}
+    assert second == {("One",), ("Two",)}
+
+
+def test_odd_images_are_trained_on_right():
+    noise = Image.open(picture(IMAGES / "noise.png", (60, 50)))
+    red, indexed = noise.getchannel("R"), noise.quantize(16)
+    inks = [*ImageChops.invert(noise).split(), Image.new("L", noise.size)]
+    odd = {  # name: the image, and how it looks
+        "cmyk.tif": (Image.merge("CMYK", inks), noise),
+        "16 bits.png": (Image.fromarray(np.asarray(red) * np.uint16(257)), Image.merge("RGB", [red] * 3)),
+        "☺.gif": (indexed, indexed.convert("RGB")), "pixel.png": [noise.crop((0, 0, 1, 1))] * 2,
+        "wide.webp": [noise.resize((9999, 9))] * 2}
+    for name, (image, _) in odd.items():  # all of them animated: the first picture counts
+        image.save(IMAGES / name, save_all=True, append_images=[image.rotate(180)], lossless=True)
+    write(NAMES, [{"photo": name, "text": "x"} for name in odd])
+    samples = read(NAMES, columns=("photo", "text"))
+    for index, (name, (_, right)) in enumerate(odd.items()):
+        pixels, _, unreadable = samples[0, index]
+        right = right.resize((64, 64), Image.Resampling.BILINEAR)
+        assert not unreadable and np.array_equal(pixels.permute(1, 2, 0), right), name
+
+
+def test_unreadable_images_are_replaced_named_once_and_capped(tmp_path, clip, refused, capfd):
+    good = [picture(IMAGES / f"{seed}.png", seed=seed).name for seed in range(20)]
+    whole = picture(Path("outside.png")).read_bytes()  # it is there, but not under the root
+    for name, content in ("zero.jpg", b""), ("cut.png", whole[:-99]), ("page.jpg", "<html>404</html>"):
+        write(IMAGES / name, content)
+    bad = ["zero.jpg", "cut.png", "page.jpg", "gone.jpg", "nul\0.png", "long" * 999, ".", "../outside.png",
+           "a/../../outside.png", str(tmp_path / "outside.png"), "/dev/null"]
+    write(NAMES, [{"image": name, "caption": name} for name in bad + good])
+    samples = read(NAMES)
+    for index, name in enumerate(bad + good):
+        pixels, queries, unreadable = samples[0, index]
+        assert [one.split(": ")[0] for one in unreadable][:1] == [name] * (name in bad)
+        assert queries[0][0] in good and pixels.max() > 0  # those of a sample that is taken instead
+    inside = [{"bytes": b"broken", "path": "b.png"}, {"bytes": None, "path": None}, {"bytes": whole, "path": None}]
+    table = datasets.Dataset.from_list([ROW | {"image": image} for image in inside])
+    table.cast_column("image", datasets.Image()).to_parquet("a.parquet")
+    assert [len(read("a.parquet")[0, index][2]) > 0 for index in range(3)] == [True, True, False]
+    error = refused(train.main, *FLAGS, clip, "--batch-size", len(samples))
+    assert "of the 31 images of this process were unreadable, more than 1 %" in error and "--root" in error
+    write(NAMES, [{"image": name, "caption": name} for name in ["gone.jpg", *good[:8]]])
+    write(Path("val.json"), [ROW | {"image": "late.png"}])
+    flags = [*FLAGS, str(clip), "--max-steps", "2", "--val", "val.json", "--out", "other"]
+    assert "late.png under images: unreadable image" in refused(train.main, *flags)
+    assert not Path("other/log.jsonl").exists()  # before the first step
+    picture(IMAGES / "late.png")
+    train.main(flags)  # goes on, and draws each image seven times
+    assert capfd.readouterr().err.count("another sample is taken: gone.jpg: ") == 1
+    assert json.loads(Path("other/eval.json").read_text())["val.json"]["T2I R@1"] == 100
+
+
+@pytest.mark.parametrize("content, complaint, flags", [
+    ([{"photo": "a.png", "caption": "x"}], "a.json: no column image, but photo, caption", ""),
+    ([ROW], "no column photo or text, but image, caption", "--columns photo,text"),
+    ([ROW | {"image": "https://x.org/a.png"}], "a.json: 'image' must hold images, or names of files", ""),
+    ([ROW | {"image": ["a.png"]}], "a.json: 'image' must hold images, or names of files", ""),
+    ([ROW | {"caption": 7}], "a.json: 'caption' must hold texts", ""),
+    ([ROW, ROW | {"caption": 7}], "texts, or lists of texts", ""),
+    ([], "a.json cannot be read", ""),
+    ("", "a.json cannot be read", ""),
+    ('[{"image": "a.png", "capt', "a.json cannot be read", ""),
+    ([ROW | {"caption": " \n"}] * 9, "only 0 samples", ""),
+    ([ROW] * 3, "--batch-size 4 x 1: only 3 samples", ""),
+    ([ROW] * 2100, "python -m spacy download en_core_web_sm`, or pass --phrases 0", "--phrases 9"),
+    ([ROW], "no/where cannot be read", "--data no/where"),
+    ([ROW], "nowhere: no .json, .jsonl or .parquet file, no folder", "--data nowhere"),
+])
+def test_impossible_data_ends_in_one_line(clip, refused, content, complaint, flags):
+    write(NAMES, content)
+    line = refused(train.main, *FLAGS, clip, *flags.split())
+    assert complaint in line and not line.endswith(":")  # a reason is given
+    assert not Path("run").exists()

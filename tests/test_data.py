@@ -1,120 +1,120 @@
-"""The built-in scenes, and the way of a sample from its index to a batch."""
+"""The built-in scenes, the pixels of an image, and the way of a sample from its index to a batch."""
 
 import random
 import subprocess
 import sys
-from pathlib import Path
 
+import pytest
 import torch
+from conftest import ROOT, picture
+from PIL import Image
+from torchvision import transforms
+from transformers import CLIPImageProcessor
 
 import data
+import model as models
 
 
-def test_scenes_follow_from_split_and_index():
+def test_no_two_splits_share_a_scene_and_siblings_differ_in_one_attribute():
     assert data.scene("train", 7) == data.scene("train", 7) != data.scene("train", 8)
-    assert data.draw(data.scene("test", 7)).tobytes() == data.draw(data.scene("test", 7)).tobytes()
-
-
-def test_train_and_test_are_disjoint():
-    captions = {split: {". ".join(data.describe(data.scene(split, i))[0]) for i in range(size)} for split, size in data.SPLITS.items()}
-    assert not captions["train"] & captions["test"]
-    assert len(captions["test"]) == data.SPLITS["test"]
-
-
-def test_siblings_differ_in_one_attribute_of_one_object():
+    captions = {split: {". ".join(data.describe(data.scene(split, index))[0]) for index in range(count)}
+                for split, count in data.SPLITS.items()}
+    assert len(captions["val"]) == data.SPLITS["val"] and len(captions["test"]) == data.SPLITS["test"]
+    assert len(set().union(*captions.values())) == sum(map(len, captions.values()))
     for index in range(0, 40, data.SIBLINGS):
-        original = data.scene("test", index)
-        for member in range(1, data.SIBLINGS):
-            sibling = data.scene("test", index + member)
-            different = [(place, name) for place in range(4) for name in (*data.ATTRIBUTES, "shape")
-                         if original["objects"][place][name] != sibling["objects"][place][name]]
-            assert len(different) == 1 and sibling["background"] == original["background"]
-            assert data.draw(sibling).tobytes() != data.draw(original).tobytes()
+        group = [data.scene("test", index + member) for member in range(data.SIBLINGS)]
+        for sibling in group[1:]:
+            objects = zip(group[0]["objects"], sibling["objects"])
+            different = [name for ours, theirs in objects for name in ours if ours[name] != theirs[name]]
+            assert len(different) == 1 and {*different} <= {*data.ATTRIBUTES}  # no shape, no box
+            assert sibling["background"] == group[0]["background"]
+        assert len({data.draw(scene).tobytes() for scene in group}) == data.SIBLINGS
 
 
-def test_captions_need_the_long_context(tokenizer):
-    for index in range(50):
-        sentences, phrases = data.describe(data.scene("train", index))
-        drawn = data.draw_sentences(len(sentences), 5, random.Random(index))
-        (caption, *_), _ = data.queries([sentences[i] for i in drawn], phrases, Want(5, 8))
-        assert 77 < len(data.tokenize(tokenizer, [caption], [999])[0]) <= data.CONTEXT
-
-
-def test_the_tokenizer_is_always_the_same(tokenizer):
+def test_the_tokenizer_is_always_the_same_with_one_token_a_word_and_long_captions(tokenizer):
     code = "import data; print(sorted(data.scenes_tokenizer().get_vocab().items()))"
-    other = subprocess.run([sys.executable, "-c", code], cwd=Path(data.__file__).parent, capture_output=True, text=True, check=True)
-    assert other.stdout.strip() == str(sorted(tokenizer.get_vocab().items()))
-
-
-def test_each_word_is_one_token_and_anything_else_is_bytes(tokenizer):
+    other = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
+    assert other.strip() == str(sorted(tokenizer.get_vocab().items()))
+    samples = data.Scenes(data.SIZE, data.QuerySettings(phrases=8))
     for index in range(100):
-        for text in sum(data.describe(data.scene("test", index)), []):
-            assert len(tokenizer(text)["input_ids"]) == len(text.split()) + 2
-    assert tokenizer.decode(tokenizer("a zebra, 雪!")["input_ids"], skip_special_tokens=True).replace(" ", "") == "azebra,雪!"
+        texts = [text for text, _ in samples[0, index][1]] + data.describe(data.scene("test", index))[0]
+        ids = data.tokenize(tokenizer, texts, [999] * len(texts))
+        assert [len(one) - 2 for one in ids] == [len(text.replace(".", " .").split()) for text in texts]
+        assert 77 < len(ids[0]) <= 248
+    ids = data.tokenize(tokenizer, ["a zebra, 雪!"])[0]  # all else is bytes
+    assert tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == "azebra,雪!"
 
 
-def test_boxes_are_the_objects_cards():
-    for index in range(20):
-        one = data.scene("train", index)
-        image = data.draw(one)
-        for thing in one["objects"]:
-            x, y, w, h = thing["box"]
-            assert 0 <= x and 0 <= y and x + w <= data.SIZE and y + h <= data.SIZE
-            assert image.getpixel((x + w // 2, y + h // 2)) == data.COLOURS[thing["colour"]]
-            if thing["texture"] == "plain":
-                assert {image.getpixel(at) for at in [(x, y), (x + w - 1, y + h - 1)]} == {data.COLOURS[thing["card"]]}
-            if x % 32:  # room on the left, in the same cell
-                assert image.getpixel((x - 1, y)) == data.BACKGROUNDS[one["background"]]
-
-
-def test_box_expressions_differ_in_as_many_attributes_as_their_level_says():
-    for row in data.scene_boxes():
-        for level, split in enumerate(("hard", "medium", "easy"), start=1):
-            positive, *negatives = row[split]
-            assert len(set(negatives)) == 10 and positive not in negatives
-            assert all(len(positive.split()) == len(negative.split()) for negative in negatives)
-            differing = [sum(a != b for a, b in zip(positive.split(), negative.split())) for negative in negatives]
-            assert differing == [level] * 10
+def test_boxes_are_the_cards_and_their_expressions_differ_as_their_level_says():
+    for number, row in enumerate(data.scene_boxes("test")):
+        scene, place = data.scene("test", row["image"] * data.SIBLINGS), number % 4
+        thing, image, (x, y, w, h) = scene["objects"][place], data.draw(scene), row["box"]
+        assert (x // 32, y // 32) == ((x + w - 1) // 32, (y + h - 1) // 32) == (place % 2, place // 2)
+        assert image.getpixel((x + w // 2, y + h // 2)) == data.COLOURS[thing["colour"]]
+        for corner in ((x, y), (x + w - 1, y + h - 1)) if thing["texture"] == "plain" else ():
+            assert image.getpixel(corner) == data.COLOURS[thing["card"]]
+        for level, name in enumerate(("hard", "medium", "easy"), start=1):
+            positive, *negatives = (text.split() for text in row[name])
+            assert positive == data.expression(thing).split() and len(set(row[name])) == 11
+            assert [sum(map(str.__ne__, positive, negative)) for negative in negatives] == [level] * 10
         assert len(set(row["trivial"])) == 11 and row["trivial"][0] == row["hard"][0]
 
 
-class Want:
-    captions_only = False
-
-    def __init__(self, sentences, phrases):
-        self.sentences, self.phrases = sentences, phrases
-
-
 def test_queries_of_a_draw():
-    drawn = data.draw_sentences(6, 5, random.Random(0))
-    assert len(set(drawn)) == 5 and list(drawn) != sorted(drawn)
-    assert list(data.draw_sentences(3, 5, random.Random(0))) == [0, 1, 2]  # fewer: all, in order
-    assert len(data.draw_sentences(6, 0, random.Random(0))) == 5           # no sentence is a query, the caption still has five
-    sentences, phrases = ["s2", "s1"], ["p1", "p2", "p3"]
-    assert data.queries(sentences, phrases, Want(5, 2)) == (["s2. s1", "s2", "s1"], ["p1", "p2"])
-    assert data.queries(sentences, phrases, Want(0, 9)) == (["s2. s1"], ["p1", "p2", "p3"])
+    draw = lambda count, wanted: list(data.draw_sentences(count, wanted, random.Random(0)))
+    assert len({*draw(6, 5)}) == 5 and {*draw(6, 5)} < {*range(6)} and draw(6, 5) != sorted(draw(6, 5))
+    assert draw(5, 5) == [0, 1, 2, 3, 4] and len(draw(9, 0)) == 5  # all, in order; a caption has some always
+    rest = [("s2", "sentence"), ("s1", "sentence"), ("p1", "phrase"), ("p2", "phrase")]
+    for settings, part in [((0, 2), rest[2:]), ((2, 0), rest[:2]), ((2, 2), rest), ((2, 2, True), [])]:
+        queries = data.make_queries(["s2", "s1"], ["p1", "p2", "p3"], data.QuerySettings(*settings))
+        assert queries == [("s2. s1", "caption"), *part]
 
 
-def test_a_long_text_is_cut_so_that_eos_stays(tokenizer):
-    long, short = data.tokenize(tokenizer, ["red " * 1000, "red " * 1000], [data.CONTEXT, data.PHRASE_TOKENS])
-    assert len(long) == data.CONTEXT and long[-1] == tokenizer.eos_token_id
-    assert len(short) == 30 and short[-1] == tokenizer.eos_token_id
+def test_a_batch_says_whose_each_query_is_and_cuts_long_ones_before_eos(tokenizer):
+    queries = [[("a red star", "caption"), ("red " * 40, "phrase")],
+               [("blue " * 400, "caption"), ("a cross", "sentence"), ("a red star", "phrase")]]
+    samples = [(torch.zeros(3, 8, 8), part, [f"{len(part)}.jpg"]) for part in queries]
+    batch = data.collate(samples, tokenizer, models.pack)
+    assert batch.pixels.shape == (2, 3, 8, 8) and batch.unreadable == ["2.jpg", "3.jpg"]
+    assert batch.owner.tolist() == [0, 0, 1, 1, 1] and batch.captions.tolist() == [0, 2]
+    assert [data.LEVELS[level] for level in batch.level] == [level for part in queries for _, level in part]
+    distinct = batch.texts.tokens.split(batch.texts.offsets.diff().tolist())
+    texts = [distinct[row].tolist() for row in batch.texts.rows]
+    expected = ["a red star", "red " * 28, "blue " * 246, "a cross", "a red star"]  # 30, 248 with EOS
+    assert len(distinct) == 4 and texts == [tokenizer(text).input_ids for text in expected]
 
 
-def test_collate_is_undone_by_split(tokenizer):
-    samples = [(torch.zeros(3, 8, 8), ["a red star"], ["red " * 40], []), (torch.ones(3, 8, 8), ["a large blue cross"], [], ["x.jpg: broken"])]
-    pixels, tokens, lengths, owner, unreadable = data.collate(samples, tokenizer)
-    texts = tokens.split(lengths.tolist())
-    assert [tokenizer.decode(text, skip_special_tokens=True) for text in texts] == ["a red star", "red " * 27 + "red", "a large blue cross"]
-    assert owner.tolist() == [0, 0, 1] and pixels.shape == (2, 3, 8, 8) and unreadable == ["x.jpg: broken"]
-
-
-def test_each_sample_is_drawn_once_an_epoch_across_ranks():
+def test_each_sample_is_drawn_once_an_epoch_across_ranks_and_from_anywhere_on():
     size, batch, world = 50, 4, 3  # 50 is no multiple of 12: batches straddle the epochs
-    ranks = [list(data.Batches(size, batch, 0, 300, rank, world, seed=5)) for rank in range(world)]
+    ranks = [list(data.batches(size, batch, 0, 300, rank, world, seed=5)) for rank in range(world)]
     drawn = [sample for step in zip(*ranks) for part in step for sample in part]
-    assert len(drawn) == 300
-    for epoch in range(6):
-        assert sorted(index for e, index in drawn if e == epoch) == list(range(size))
-    assert [i for e, i in drawn if e == 0] != [i for e, i in drawn if e == 1]
-    assert list(data.Batches(size, batch, 120, 300, 1, world, seed=5)) == ranks[1][10:]  # a step's samples follow from where it starts
+    epochs = [[index for epoch, index in drawn if epoch == number] for number in range(6)]
+    assert len(drawn) == 300 and epochs[0] != epochs[1]
+    assert all(sorted(epoch) == list(range(size)) != epoch for epoch in epochs)
+    assert list(data.batches(size, batch, 120, 300, 1, world, seed=5)) == ranks[1][10:]  # as a resumed run
+    assert sum(data.batches(size, 6, 120, 300, 0, 1, seed=5), []) == drawn[120:]  # on one process
+
+
+@pytest.mark.parametrize("size", [(90, 70), (64, 64), (40, 100)])
+def test_pixels_of_a_test_are_torchvisions_and_the_stock_processors(tmp_path, size):
+    image = Image.open(picture(tmp_path / "a.png", size))
+    middle = transforms.CenterCrop(64)(transforms.Resize(64, transforms.InterpolationMode.BICUBIC)(image))
+    stock = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+    theirs = transforms.Normalize(stock.image_mean, stock.image_std)(transforms.ToTensor()(middle))
+    ours = data.normalize(data.to_pixels(image, 64))
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+    torch.testing.assert_close(ours, stock(image).pixel_values[0], atol=.016, rtol=0)  # a level is .015
+    whole = transforms.PILToTensor()(image.resize((64, 64)))  # FG-OVD: with PIL's own filter
+    assert torch.equal(data.to_pixels(image, 64, whole=True), whole)
+
+
+@pytest.mark.parametrize("name, most", [("a.png", .06), ("a.jpg", .5)])
+def test_training_crops_are_torchvisions(tmp_path, name, most):
+    image = Image.open(picture(tmp_path / name, (1200, 800)))
+    for seed in range(5):
+        torch.manual_seed(random.Random(seed).getrandbits(63))
+        theirs = transforms.PILToTensor()(transforms.RandomResizedCrop(64, (0.5, 1))(image))
+        with Image.open(tmp_path / name) as opened:
+            ours = data.random_crop(opened, 64, random.Random(seed))
+        assert opened.size == ((150, 100) if name == "a.jpg" else (1200, 800))  # JPEG: decoded at an eighth
+        assert ours.dtype == torch.uint8 and (ours.float() - theirs).abs().mean() < most
