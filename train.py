@@ -26,6 +26,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # else waiting threads keep a core from others
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -216,7 +217,7 @@ class Run:
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
         except (RuntimeError, ValueError, KeyError) as error:
-            raise data.InputError(f"--out {self.folder} holds no checkpoint of the model: {error}") from error
+            raise data.InputError(f"--out {self.folder} holds a run of another model: {error}") from error
 
     def save(self, **state):
         """Write beside, flush to disk, rename: at any moment there is a whole checkpoint, old or new."""
