@@ -1,11 +1,11 @@
-"""The paper's ablation at the scale of the built-in scenes, run by hand: launches train.py, tabulates what it measured.
+"""The paper's ablation at the scale of the scenes, run by hand: launches train.py, tabulates its scores.
 
-    python tests/ablation.py              # runs what is not done yet, under runs/ablation/, then prints the table
-    python tests/ablation.py --table      # only the table of what is done
+    python tests/ablation.py            # runs what is not done yet, under runs/ablation/, and prints the table
+    python tests/ablation.py --table    # only the table of what is done
 
-All rows start from one base, as the paper's from one CLIP, with three seeds of the fine-tuning; two rows also start from
-a second base. A run that was stopped resumes; its output is in NAME.log beside its folder. On a CPU, as many runs at a
-time as there are cores, one thread each; with CUDA one after the other.
+All rows start from one base, as the paper's from one CLIP, with three seeds of the fine-tuning; two rows
+start from a second base too. A run that was stopped resumes; its output is in NAME.log beside its folder. On
+a CPU, as many runs at a time as there are cores, one thread each; with CUDA one after the other.
 """
 
 import json
@@ -78,9 +78,9 @@ def main():
     if "--table" not in sys.argv:
         RUNS.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(1 if torch.cuda.is_available() else os.cpu_count()) as pool:
-            bases = [pool.submit(run, RUNS / f"base{base}", "--model scratch --cal none --sentences 1 --epochs 0.64 "
-                                 f"--seed {base}") for base in (0, 1)]
-            [base.result() for base in bases]
+            flags = "--model scratch --cal none --sentences 1 --epochs 0.64 --seed"
+            for base in [pool.submit(run, RUNS / f"base{base}", f"{flags} {base}") for base in (0, 1)]:
+                base.result()
             for row, (base, flags) in ROWS.items():
                 for seed in SEEDS:
                     pool.submit(run, folder(row, seed), f"{flags} --seed {seed} --model {RUNS}/base{base}/hf")

@@ -42,13 +42,14 @@ def picture(path, size=(90, 70), seed=0):
 
 @pytest.fixture
 def refused(capfd):
-    """main, its arguments -> the one line on stderr that it ends in, with exit code 2 (notes and bars do not count)."""
+    """main, its arguments -> the one line that it ends in on stderr, with exit code 2 (notes do not count)."""
     def run(main, *argv):
         capfd.readouterr()
         with pytest.raises(SystemExit) as stop:
             main([str(part) for part in argv])
         error = capfd.readouterr().err
-        notes = r"\s*($|note: |nothing will be|unreadable image, another|.*fresh pooler|.*is trained on|.*\d%\||.*examples)"
+        notes = (r"\s*($|note: |nothing will be|unreadable image, another|.*fresh pooler|.*is trained on"
+                 r"|.*\d%\||.*examples)")
         lines = [line.strip() for line in re.split("[\r\n]+", error) if not re.match(notes, line)]
         assert stop.value.code == 2 and len(lines) == 1, error
         return lines[0]

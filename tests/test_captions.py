@@ -170,7 +170,7 @@ def test_unreadable_images_are_replaced_and_named_once(tmp_path, clip, refused, 
         pixels, queries, unreadable = samples[0, index]
         assert [one.split(": ")[0] for one in unreadable][:1] == [name] * (name in bad)
         assert queries[0][0] in good and pixels.max() > 0  # those of a sample that is taken instead
-    inside = [dict(bytes=b"broken", path="b.png"), dict(bytes=None, path=None), dict(bytes=whole, path=None)]
+    inside = [dict(bytes=b"broken", path="b"), dict(bytes=None, path=None), dict(bytes=whole, path=None)]
     table = datasets.Dataset.from_list([ROW | {"image": image} for image in inside])
     table.cast_column("image", datasets.Image()).to_parquet("a.parquet")
     assert [len(read("a.parquet")[0, index][2]) > 0 for index in range(3)] == [True, True, False]

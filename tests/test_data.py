@@ -63,7 +63,7 @@ def test_boxes_are_the_cards_and_their_expressions_differ_as_their_level_says():
 def test_queries_of_a_draw():
     draw = lambda count, wanted: list(data.draw_sentences(count, wanted, random.Random(0)))
     assert len({*draw(6, 5)}) == 5 and {*draw(6, 5)} < {*range(6)} and draw(6, 5) != sorted(draw(6, 5))
-    assert draw(5, 5) == [0, 1, 2, 3, 4] and len(draw(9, 0)) == 5  # all, in order; a caption has some always
+    assert draw(5, 5) == [0, 1, 2, 3, 4] and len(draw(9, 0)) == 5  # all, in order; a caption needs some
     rest = [("s2", "sentence"), ("s1", "sentence"), ("p1", "phrase"), ("p2", "phrase")]
     for settings, part in [((0, 2), rest[2:]), ((2, 0), rest[:2]), ((2, 2), rest), ((2, 2, True), [])]:
         queries = data.make_queries(["s2", "s1"], ["p1", "p2", "p3"], data.QuerySettings(*settings))

@@ -213,7 +213,7 @@ def test_real_annotations(clip, scores, tmp_path):
 
 
 def test_zero_shot_averages_templates(stand_ins, clip, scores, monkeypatch):
-    monkeypatch.setattr(evaluation, "TEMPLATES", ("{}", "a blue circle, {}", "{} lies in the top left corner"))
+    monkeypatch.setattr(evaluation, "TEMPLATES", ("{}", "a blue circle, {}", "{} in the top left"))
     (root, _), stock, names = stand_ins, Stock(clip), sorted(f"{colour}_soup" for colour in data.COLOURS)
     prompts = [[stock.text(one.format(name.replace("_", " "))) for one in evaluation.TEMPLATES]
                for name in names]

@@ -21,6 +21,7 @@ from conftest import ROOT, picture, write
 
 SHARE, COCO, HARD = data.SHAREGPT4V, "captions_val2017.json", evaluation.FGOVD["hard"]
 POOLER = models.PatchPooler(64).state_dict()
+QUICK = ["--max-steps", "1", "--batch-size", "4", "--workers", "0", "--out", "run"]
 BOX = {"img_path": "val2017/a.jpg", "bbox": [5, 5, 9, 9], "pos_expression": ["x"], "neg_expression": ["y"]}
 
 
@@ -40,9 +41,9 @@ def folder(tmp_path, monkeypatch):
     "--max-steps 1e3", "--cal soft", "--bta 0.5", "--columns image", "--data nowhere", "--data gone.json",
     "--data sharegpt4v --root EMPTY", "--model nowhere", "--model no/where", "--model EMPTY",
     "--model FILE", "--model CLIP --size 60", "--out FILE", "--out FILE/run"])
-def test_impossible_arguments_of_training(refused, clip, folder, flags):
+def test_impossible_arguments_of_training(refused, clip, folder, quick, flags):
     flags = flags.replace("CLIP", str(clip)).split()
-    assert flags[-1] in refused(train.main, "--out", "run", "--model", "scratch", *flags)
+    assert flags[-1] in refused(train.main, *QUICK, "--model", "scratch", *flags)
     assert not (folder / "run").exists() and (folder / "FILE").read_text() == "no more than a text"
 
 
@@ -84,9 +85,9 @@ BROKEN_MODELS = {  # what is done to the folder of a Hugging Face CLIP
 
 
 @pytest.mark.parametrize("kind", BROKEN_MODELS)
-def test_broken_models(refused, clip, folder, kind):
+def test_broken_models(refused, clip, folder, quick, kind):
     BROKEN_MODELS[kind](shutil.copytree(clip, folder / "clip"))
-    assert f"{folder}/clip: " in refused(train.main, "--model", folder / "clip", "--out", "run")
+    assert f"{folder}/clip: " in refused(train.main, *QUICK, "--model", folder / "clip")
 
 
 class Payload:
