@@ -305,7 +305,7 @@ UNREADABLE = (OSError, ValueError, AttributeError, SyntaxError, RuntimeError, Im
 
 def open_image(image, root):
     """A value of the image column, a name under `root` or {"bytes", "path"} -> PIL image, not decoded yet."""
-    if isinstance(image, dict):
+    if isinstance(image, dict):  # `datasets` found it, or it came with its bytes
         return Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"])
     if Path(image).is_absolute() or ".." in Path(image).parts:
         raise ValueError(f"{image!r} leads out of {root}")

@@ -256,6 +256,8 @@ def build(args, resumed):
     """The model, its tokenizer and the samples that `args` name."""
     source = f"{BASE}/hf" if args.model == "base" else args.model
     if source == "scratch":
+        if args.size:
+            raise data.InputError("--size: the model from scratch has its own, 64")
         tokenizer = data.scenes_tokenizer()
         model = models.from_scratch(tokenizer)
     else:

@@ -1,6 +1,6 @@
 """The paper's ablation at the scale of the scenes, run by hand: launches train.py, tabulates its scores.
 
-    python tests/ablation.py            # runs what is not done yet, under runs/ablation/, and prints the table
+    python tests/ablation.py            # runs what is not done yet, under runs/ablation/; prints the table
     python tests/ablation.py --table    # only the table of what is done
 
 All rows start from one base, as the paper's from one CLIP, with three seeds of the fine-tuning; two rows

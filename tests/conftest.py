@@ -42,7 +42,7 @@ def picture(path, size=(90, 70), seed=0):
 
 @pytest.fixture
 def refused(capfd):
-    """main, its arguments -> the one line that it ends in on stderr, with exit code 2 (notes do not count)."""
+    """main, its arguments -> the one line that it ends in on stderr, with exit code 2 (but for notes)."""
     def run(main, *argv):
         capfd.readouterr()
         with pytest.raises(SystemExit) as stop:
