@@ -300,7 +300,8 @@ class Captions:
 
 # ----------------------------------------------------------------------------------------------- images
 
-UNREADABLE = (OSError, ValueError, AttributeError, SyntaxError, RuntimeError, Image.DecompressionBombError)
+UNREADABLE = (OSError, ValueError, TypeError, AttributeError, SyntaxError, RuntimeError,
+              Image.DecompressionBombError)  # what PIL raises of images, and Python of none
 
 
 def open_image(image, root):

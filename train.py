@@ -216,7 +216,7 @@ class Run:
         try:
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise data.InputError(f"--out {self.folder} holds a run of another model: {error}") from error
 
     def save(self, **state):

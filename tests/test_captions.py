@@ -170,10 +170,10 @@ def test_unreadable_images_are_replaced_and_named_once(tmp_path, clip, refused, 
         pixels, queries, unreadable = samples[0, index]
         assert [one.split(": ")[0] for one in unreadable][:1] == [name] * (name in bad)
         assert queries[0][0] in good and pixels.max() > 0  # those of a sample that is taken instead
-    inside = [dict(bytes=b"broken", path="b"), dict(bytes=None, path=None), dict(bytes=whole, path=None)]
-    table = datasets.Dataset.from_list([ROW | {"image": image} for image in inside])
+    inside = [{"bytes": content, "path": None} for content in (b"broken", None, whole)]
+    table = datasets.Dataset.from_list([ROW | {"image": image} for image in [*inside, None]])
     table.cast_column("image", datasets.Image()).to_parquet("a.parquet")
-    assert [len(read("a.parquet")[0, index][2]) > 0 for index in range(3)] == [True, True, False]
+    assert [len(read("a.parquet")[0, index][2]) > 0 for index in range(4)] == [True, True, False, True]
     error = refused(train.main, *FLAGS, clip, "--batch-size", len(samples))
     assert "of the 31 images of this process were unreadable, more than 1 %" in error and "--root" in error
     write(NAMES, [{"image": name, "caption": name} for name in ["gone.jpg", *good[:8]]])
