@@ -230,11 +230,11 @@ def split_captions(batch, indices, column, with_phrases):
                 for caption in sentences[index] for sentence in caption]
     parsed = dict(zip(unparsed, parse(unparsed))) if unparsed else {}
 
-    def phrases_of(sentence, caption, given):
-        if given is None:
+    def phrases_of(sentence, caption, own):
+        if own is None:
             return parsed.get(sentence, [[], [], []])
-        everywhere = ". ".join(caption)
-        return [[phrase for phrase in given if phrase in sentence or phrase not in everywhere], [], []]
+        whole = ". ".join(caption)
+        return [[phrase for phrase in own if phrase in sentence or phrase not in whole], [], []]
 
     phrases = [[[phrases_of(sentence, caption, given[index]) for sentence in caption] for caption in captions]
                for index, captions in sentences.items()]
@@ -248,8 +248,6 @@ def prepare(rows, column, with_phrases):
     """
     import datasets
     columns = [name for name in (column, "phrases") if name in rows.column_names]
-    if with_phrases and not ("phrases" in columns and all(given is not None for given in rows["phrases"])):
-        parser()  # what is not installed is said here, not in a worker
     key = repr((rows._fingerprint, Path(__file__).read_bytes(), column, with_phrases))
     key = hashlib.sha256(key.encode()).hexdigest()[:16]
     cache, text = Path(datasets.config.HF_DATASETS_CACHE), datasets.Value("string")

@@ -15,6 +15,7 @@ import sys
 import textwrap
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +34,8 @@ from tqdm import tqdm
 import data
 import model as models
 
-BATCH = 256  # images, or texts, encoded at a time
+BATCH = 256                      # images, or texts, encoded at a time
+TIMEOUT = timedelta(minutes=30)  # of collectives
 
 
 # ---------------------------------------------------------------------------------------------- metrics
@@ -449,6 +451,15 @@ def own_device():
     return device
 
 
+def init_processes():
+    """Join the processes that torchrun started, if it did -> this process's device."""
+    device = own_device()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        # gloo beside nccl: what the hosts tell each other does not wait for the GPUs
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    return device
+
+
 def load(source, size=None):
     """A model and its tokenizer. Raises InputError."""
     try:
@@ -474,9 +485,7 @@ def main(argv=None):
         "a file, or scene:40, a test scene")
     add("--out", default="heat.png", help="where --heatmap draws")
     args = parser.parse_args(argv)
-    device = own_device()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    device = init_processes()
     runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
     if not args.ckpt and not runs:
         raise data.InputError("no run under runs/: train one, `torchrun train.py --beta 0.5`, or pass --ckpt")

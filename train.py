@@ -22,7 +22,6 @@ import os
 import signal
 import sys
 import time
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -43,9 +42,8 @@ RECIPE = dict(model="openai/clip-vit-base-patch16", phrases=30, batch_size=64, a
               warmup=0.01, workers=8)  # the paper's, for all other data
 BASE = "runs/base"
 BASE_ARGUMENTS = f"--model scratch --cal none --sentences 1 --epochs 0.64 --out {BASE}".split()
-LOG_EVERY = 10                   # steps
-BAD_STEPS = 3                    # steps in a row whose gradient is not finite end a run
-TIMEOUT = timedelta(minutes=30)  # of collectives
+LOG_EVERY = 10  # steps
+BAD_STEPS = 3   # steps in a row whose gradient is not finite end a run
 MAY_CHANGE_ON_RESUME = {"out", "root", "val", "workers", "save_every", "eval_every", "grad_checkpointing",
                         "compile"}
 
@@ -286,11 +284,8 @@ def main(argv=None):
     args = arguments(argv)
 
     # ---- processes, model, data
-    device = evaluation.own_device()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        # gloo beside nccl: what the hosts tell each other does not wait for the GPUs
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-    if args.model == "base" and not Path(BASE, "hf").is_dir():
+    device = evaluation.init_processes()
+    if args.model == "base" and not Path(BASE, "eval.json").is_file():  # which is written last
         main(BASE_ARGUMENTS)
     torch.manual_seed(args.seed)  # the same on every rank
     run, (rank, world) = Run(args), evaluation.rank_and_world()
@@ -318,6 +313,9 @@ def main(argv=None):
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
     # ---- what is done between steps
+    received = []  # numbers of signals
+    receive = lambda number, _: received.append(number)
+
     def save(evaluate):
         if rank == 0:
             config = model.clip.config.to_json_string(use_diff=False)
@@ -328,7 +326,7 @@ def main(argv=None):
         on_signals(signal.SIG_DFL)  # the step is saved: an evaluation may be interrupted
         results = {bench: evaluation.evaluate(model, tokenizer, bench, args.root, args.columns)
                    for bench in benches}
-        on_signals(lambda number, _: received.append(number))
+        on_signals(receive)
         model.train()
         if rank == 0:
             run.log(step=step, epoch=seen / len(samples), eval=results)
@@ -348,8 +346,7 @@ def main(argv=None):
     if not saved:
         save(evaluate=True)
     del saved  # as large as model and optimiser
-    received = []
-    on_signals(lambda number, _: received.append(number))
+    on_signals(receive)
     # before the first step too: what is broken in a benchmark shows at once
     results = run_benchmarks() if start["evaluate"] else {}
 
