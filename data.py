@@ -7,7 +7,6 @@ A sample is an image and its queries, a list of (text, level): the caption, its 
 import argparse
 import contextlib
 import functools
-import hashlib
 import io
 import itertools
 import math
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 from PIL import Image, ImageDraw
-from tokenizers import pre_tokenizers
+from tokenizers import AddedToken, pre_tokenizers
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import InterpolationMode, center_crop, resize
 from tqdm import tqdm
@@ -35,10 +34,8 @@ CAPTION_SENTENCES = 5  # sentences that make a caption where no sentence is a qu
 SHAREGPT4V = "share-captioner_coco_lcs_sam_1246k_1107.json"
 HELD_OUT = 1000        # first rows of ShareGPT4V, which are the test set SV-1k
 
-
 class InputError(ValueError):
     """Something that the user can mend; its message says what is wrong, where, and what to do."""
-
 
 @contextlib.contextmanager
 def user_errors():
@@ -50,25 +47,12 @@ def user_errors():
         tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
         raise SystemExit(2) from error
 
-
 def argument_parser(description):
     """An argparse parser whose errors are one line."""
     return argparse.ArgumentParser(description=description, usage=argparse.SUPPRESS,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
 
-
-def column_names(text):
-    """"image,caption" -> its two names, for --columns."""
-    image, caption = text.split(",")
-    return image, caption
-
-
 # ---------------------------------------------------------------------------------- captions to queries
-
-PLACE_NOUNS = ("left", "right", "top", "bottom", "front", "back", "middle", "center")
-PLACE_HEADS = (*PLACE_NOUNS, "inside", "outside", "above", "below", "under", "over", "centered", "frontside",
-               "backside", "near", "nearby", "far")
-
 
 def clean(caption):
     """A caption without what captioners repeat: runs of the same characters, and of the same word."""
@@ -78,28 +62,29 @@ def clean(caption):
             caption = re.sub(rf"(.{{{shortest},20}})\1{{2,}}", r"\1", caption, count=10)
     return " ".join(word for word, _ in itertools.groupby(caption.split()))
 
-
 def split_sentences(caption):
     """A clean caption -> its sentences."""
     return [sentence.strip() for sentence in caption.split(". ") if sentence.strip()]
 
+PLACE_NOUNS = ["left", "right", "top", "bottom", "front", "back", "middle", "center"]
+PLACE_HEADS = [*PLACE_NOUNS, "inside", "outside", "above", "below", "under", "over", "centered", "frontside",
+               "backside", "near", "nearby", "far"]
 
 def phrase_matchers(vocab):
     """spaCy matchers of noun phrases with a place, of actions, and of places."""
     from spacy.matcher import Matcher
     determiner, the, of = {"POS": "DET", "OP": "?"}, {"LOWER": "the", "OP": "?"}, {"LOWER": "of", "OP": "?"}
-    words = {"POS": {"IN": ["ADJ", "NOUN", "PROPN"]}, "OP": "+"}
+    words, preposition = {"POS": {"IN": ["ADJ", "NOUN", "PROPN"]}, "OP": "+"}, {"POS": "ADP"}
     patterns = (
-        [[determiner, words, {"POS": "ADP"}, the, {"LOWER": {"IN": list(PLACE_NOUNS)}}, of]],
-        [[{"POS": "VERB"}, {"POS": "ADP"}]],
+        [[determiner, words, preposition, the, {"LOWER": {"IN": PLACE_NOUNS}}, of]],
+        [[{"POS": "VERB"}, preposition]],
         [[{"LOWER": "next", "POS": "ADV"}, {"LOWER": "to", "POS": "ADP"}],
-         [{"POS": "ADP"}, determiner, {"LOWER": {"IN": list(PLACE_HEADS)}}, of]],
+         [preposition, determiner, {"LOWER": {"IN": PLACE_HEADS}}, of]],
     )
     matchers = [Matcher(vocab) for _ in patterns]
     for matcher, alternatives in zip(matchers, patterns):
         matcher.add("phrase", alternatives, greedy="LONGEST")
     return matchers
-
 
 def extract_phrases(doc, matchers):
     """A parsed sentence (spaCy Doc) -> its noun phrases, actions and places, three lists of str."""
@@ -109,12 +94,10 @@ def extract_phrases(doc, matchers):
     return [[span.text for span in nouns], [span.text for span in sorted(actions)],
             [span.text.lower() for span in sorted(places)]]
 
-
 def order_phrases(sentences):
     """What `extract_phrases` gave for some sentences -> one list: noun phrases, then actions, then places."""
     phrases = [phrase for kind in zip(*sentences) for sentence in kind for phrase in sentence]
     return [phrase for phrase in dict.fromkeys(phrases) if phrase not in ("the", "image", "the image")]
-
 
 @functools.cache
 def parser():
@@ -127,39 +110,27 @@ def parser():
                          "download en_core_web_sm`, or pass --phrases 0") from error
     return nlp, phrase_matchers(nlp.vocab)
 
-
 def parse(sentences):
     """Sentences -> for each, what `extract_phrases` finds. With a full stop, as the parser expects one."""
     nlp, matchers = parser()
     texts = (sentence if sentence.endswith(".") else sentence + "." for sentence in sentences)
     return [extract_phrases(doc, matchers) for doc in nlp.pipe(texts, batch_size=256)]
 
-
-class QuerySettings(NamedTuple):
-    sentences: int = 5           # sentence queries per image; with 0, captions still have 5 sentences
-    phrases: int = 30            # phrase queries per image, at most
-    captions_only: bool = False  # the caption is the only query
-    seed: int = 0
-
-
 def draw_sentences(count, wanted, rng):
     """Positions of one draw of sentences: `wanted` of `count` in random order; all, in order, if no more."""
     wanted = wanted or CAPTION_SENTENCES
     return rng.sample(range(count), wanted) if count > wanted else range(count)
 
-
-def make_queries(sentences, phrases, settings):
+def make_queries(sentences, phrases, counts):
     """Drawn sentences and their phrases -> the queries of a sample, a list of (text, level).
 
+    counts: how many sentences and phrases are queries, at most
     Levels are made here: for another one, add its texts, and its limit to TOKEN_LIMITS.
     """
     queries = [(". ".join(sentences), "caption")]
-    if settings.captions_only:
-        return queries
-    if settings.sentences:
+    if counts[0]:
         queries += [(sentence, "sentence") for sentence in sentences]
-    return queries + [(phrase, "phrase") for phrase in phrases[:settings.phrases]]
-
+    return queries + [(phrase, "phrase") for phrase in phrases[:counts[1]]]
 
 # ------------------------------------------------------------------------ captions and images on disk
 
@@ -167,13 +138,13 @@ def read_rows(source, columns=None, splits=("train",)):
     """What `datasets.load_dataset` reads -> datasets.Dataset, the names of its image and caption columns.
 
     source:  a JSON, JSON lines or parquet file (or a glob), a folder, a hub name
-    columns: the names, if not "image" and "caption" (or ShareGPT4V's "conversations")
+    columns: the names, if not "image,caption" (or ShareGPT4V's "image,conversations")
     splits:  the split to take is the first of these that is there, or else any
     Images in the rows stay undecoded. Raises InputError.
     """
     import datasets
-    source = str(source)
-    kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(Path(source).suffix)
+    source, suffix = str(source), Path(source).suffix
+    kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(suffix)
     if not kind and not Path(source).is_dir() and source.count("/") != 1:
         raise InputError(f"{source}: no .json, .jsonl or .parquet file, no folder, no hub name (OWNER/NAME)")
     try:
@@ -181,29 +152,20 @@ def read_rows(source, columns=None, splits=("train",)):
         rows = found[next((split for split in splits if split in found), next(iter(found)))]
         if "annotations" in rows.column_names:
             rows = datasets.load_dataset(kind, data_files=source, field="annotations", split="train")
-    except Exception as error:  # the errors of datasets, pyarrow and the hub have no ancestor in common
-        why = str(error.__cause__ or error) or type(error).__name__
-        raise InputError(f"{source} cannot be read: {why}") from error
-
-    default = "conversations" if "conversations" in rows.column_names else "caption"
-    image, caption = columns or ("image", default)
-    if missing := {image, caption} - {*rows.column_names}:
-        raise InputError(f"{source}: no column {' or '.join(sorted(missing))}, but "
-                         f"{', '.join(rows.column_names)}: name yours with --columns IMAGE,CAPTION")
-    if not len(rows):
-        raise InputError(f"{source}: no rows")
-    try:
+        default = "image,conversations" if "conversations" in rows.column_names else "image,caption"
+        image, _, caption = (columns or default).partition(",")
+        if missing := {image, caption} - {*rows.column_names}:
+            raise ValueError(f"no column {' or '.join(sorted(missing))}, but {', '.join(rows.column_names)}: "
+                             "name yours with --columns IMAGE,CAPTION")
         if getattr(rows.features[image], "dtype", "") not in ("string", "large_string"):
             rows = rows.cast_column(image, datasets.Image(decode=False))
         elif "://" in str(rows[0][image]):
-            raise ValueError(rows[0][image])
-    except Exception as error:  # those of datasets and pyarrow, again
-        raise InputError(f"{source}: {image!r} must hold images, or names of files ({error})") from error
-    first = rows[0][caption]
-    if not isinstance(first, (str, list, type(None))):
-        raise InputError(f"{source}: {caption!r} must hold texts, or lists of texts, but is {first}")
+            raise ValueError(f"{image!r} must hold images, or names of files, no {rows[0][image]}")
+        captions_of(rows[0][caption])
+    except Exception as error:  # the errors of datasets, pyarrow and the hub have no ancestor in common
+        why = str(error.__cause__ or error) or type(error).__name__
+        raise InputError(f"{source} cannot be read: {why}") from error
     return rows, image, caption
-
 
 def captions_of(value):
     """A value of the caption column, a text, several or a conversation -> its captions, a list of str."""
@@ -213,33 +175,23 @@ def captions_of(value):
     answers = [turn["value"] for turn in texts if isinstance(turn, dict) and turn["from"] == "gpt"]
     return answers[:1] or [text for text in texts if isinstance(text, str) and text.strip()]
 
-
 def split_captions(batch, indices, column, with_phrases):
     """Columns of rows -> row (index), sentences ([C][S] str), phrases ([C][S][kind] lists), C captions a row.
 
-    Rows without a caption are left out. A phrase that a row brings goes with the sentences that it stands in;
-    if it stands in none, with all.
+    Rows without a caption are left out. Phrases that a row brings go with each of its sentences.
     """
-    sentences = {}
-    for index, value in zip(indices, batch[column]):
+    kept = []
+    for index, value, given in zip(indices, batch[column], batch.get("phrases", [None] * len(indices))):
         captions = [split_sentences(clean(caption)) for caption in captions_of(value)]
-        if any(captions):
-            sentences[index] = [caption for caption in captions if caption]
-    given = dict(zip(indices, batch.get("phrases", [None] * len(indices))))
-    unparsed = [sentence for index in sentences if given[index] is None and with_phrases
-                for caption in sentences[index] for sentence in caption]
+        if captions := [sentences for sentences in captions if sentences]:
+            kept.append((index, captions, given))
+    unparsed = [sentence for _, captions, given in kept if given is None and with_phrases
+                for sentence in itertools.chain(*captions)]
     parsed = dict(zip(unparsed, parse(unparsed))) if unparsed else {}
-
-    def phrases_of(sentence, caption, own):
-        if own is None:
-            return parsed.get(sentence, [[], [], []])
-        whole = ". ".join(caption)
-        return [[phrase for phrase in own if phrase in sentence or phrase not in whole], [], []]
-
-    phrases = [[[phrases_of(sentence, caption, given[index]) for sentence in caption] for caption in captions]
-               for index, captions in sentences.items()]
-    return {"row": list(sentences), "sentences": list(sentences.values()), "phrases": phrases}
-
+    phrases = [[[parsed.get(sentence, [given or [], [], []]) for sentence in caption] for caption in captions]
+               for _, captions, given in kept]
+    return {"row": [index for index, *_ in kept], "sentences": [captions for _, captions, _ in kept],
+            "phrases": phrases}
 
 def prepare(rows, column, with_phrases):
     """Rows -> datasets.Dataset of what `split_captions` makes of them, from the cache of `datasets`.
@@ -248,8 +200,8 @@ def prepare(rows, column, with_phrases):
     """
     import datasets
     columns = [name for name in (column, "phrases") if name in rows.column_names]
-    key = repr((rows._fingerprint, Path(__file__).read_bytes(), column, with_phrases))
-    key = hashlib.sha256(key.encode()).hexdigest()[:16]
+    source = Path(__file__).read_bytes()
+    key = datasets.fingerprint.Hasher.hash((rows._fingerprint, source, column, with_phrases))
     cache, text = Path(datasets.config.HF_DATASETS_CACHE), datasets.Value("string")
     cache.mkdir(parents=True, exist_ok=True)
     processes = min(len(os.sched_getaffinity(0)), len(rows) // 1000)
@@ -260,25 +212,24 @@ def prepare(rows, column, with_phrases):
             features=datasets.Features(row=datasets.Value("int64"), sentences=[[text]], phrases=[[[[text]]]]),
             new_fingerprint=key, desc="captions to queries")
 
-
 class Captions:
     """Images and captions on disk: (epoch, index) -> pixels uint8 [3, size, size], queries, unreadable.
 
     An unreadable image is replaced by another sample; its name, and why, is in the list `unreadable`.
     """
 
-    def __init__(self, source, root, size, settings, columns=None):
+    def __init__(self, source, root, size, counts=(5, 30), seed=0, columns=None):
         self.rows, self.image, caption = read_rows(source, columns)
         if Path(source).name == SHAREGPT4V:
             self.rows = self.rows.select(range(HELD_OUT, len(self.rows)))
-        self.root, self.size, self.settings = root, size, settings
-        self.captions = prepare(self.rows, caption, settings.phrases > 0 and not settings.captions_only)
+        self.root, self.size, self.counts, self.seed = root, size, counts, seed
+        self.captions = prepare(self.rows, caption, with_phrases=counts[1] > 0)
 
     def __len__(self):
         return len(self.captions)
 
     def __getitem__(self, position):
-        rng, index, unreadable = random.Random(f"{self.settings.seed} {position}"), position[1], []
+        rng, index, unreadable = random.Random(f"{self.seed} {position}"), position[1], []
         pixels = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
         for _ in range(20):  # where all of so many are unreadable, their count ends the run
             sample = self.captions[index]
@@ -291,16 +242,14 @@ class Captions:
                 unreadable.append(f"{image['path'] if isinstance(image, dict) else image}: {error}")
                 index = rng.randrange(len(self))
         sentences, phrases = rng.choice(list(zip(sample["sentences"], sample["phrases"])))
-        drawn = draw_sentences(len(sentences), self.settings.sentences, rng)
-        phrases = order_phrases([phrases[i] for i in drawn])
-        return pixels, make_queries([sentences[i] for i in drawn], phrases, self.settings), unreadable
-
+        drawn = draw_sentences(len(sentences), self.counts[0], rng)
+        sentences, phrases = [sentences[i] for i in drawn], order_phrases([phrases[i] for i in drawn])
+        return pixels, make_queries(sentences, phrases, self.counts), unreadable
 
 # ----------------------------------------------------------------------------------------------- images
 
 UNREADABLE = (OSError, ValueError, TypeError, AttributeError, SyntaxError, RuntimeError,
               Image.DecompressionBombError)  # what PIL raises of images, and Python of none
-
 
 def open_image(image, root):
     """A value of the image column, a name under `root` or {"bytes", "path"} -> PIL image, not decoded yet."""
@@ -310,13 +259,11 @@ def open_image(image, root):
         raise ValueError(f"{image!r} leads out of {root}")
     return Image.open(Path(root, image))
 
-
 def rgb(image):
     """Any PIL image -> RGB, of an animation the first frame; 16 bits, which PIL clips, are scaled."""
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
-
 
 def to_pixels(image, size, whole=False):
     """A PIL image -> pixels uint8 [3, size, size]: shorter side to `size`, bicubic, then the centre.
@@ -327,7 +274,6 @@ def to_pixels(image, size, whole=False):
     image = image.resize((size, size)) if whole else center_crop(
         resize(image, size, InterpolationMode.BICUBIC), size)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
 
 def random_crop(image, size, rng):
     """A PIL image, best not decoded -> pixels uint8 [3, size, size], RandomResizedCrop, scale (0.5, 1)."""
@@ -341,18 +287,15 @@ def random_crop(image, size, rng):
     box = (left * x, top * y, (left + width) * x, (top + height) * y)
     return to_pixels(rgb(image).resize((size, size), Image.Resampling.BILINEAR, box), size, whole=True)
 
-
 def normalize(pixels):
     """uint8 pixels [B, 3, H, W] -> float32, by CLIP's mean and standard deviation."""
     mean, std = torch.tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD]).view(2, 3, 1, 1)
-    mean, std = mean.to(pixels.device, non_blocking=True), std.to(pixels.device, non_blocking=True)
+    mean, std = (x.to(pixels.device, non_blocking=True) for x in (mean, std))
     return (pixels.float() / 255 - mean) / std
-
 
 # ----------------------------------------------------------------------------------- samples to batches
 
 QUOTES = str.maketrans("’‘“”", "''\"\"")  # OpenAI's tokenizer straightens them, Hugging Face's does not
-
 
 def tokenize(tokenizer, texts, limits=itertools.repeat(TOKEN_LIMITS["caption"])):
     """Texts -> lists of token ids, BOS … EOS. One longer than its limit is cut so that EOS stays its last."""
@@ -362,24 +305,28 @@ def tokenize(tokenizer, texts, limits=itertools.repeat(TOKEN_LIMITS["caption"]))
     return [ids[text] if len(ids[text]) <= limit else ids[text][:limit - 1] + ids[text][-1:]
             for text, limit in zip(texts, limits)]
 
-
 class Batch(NamedTuple):
     """B images and their N queries."""
     pixels: torch.Tensor    # [B, 3, H, W] uint8
     texts: tuple            # the queries' tokens, as `pack` lays them out
-    owner: torch.Tensor     # [N] the image of each query, sorted
+    owner: torch.Tensor     # [N] the image of each query, sorted; it stays on the CPU, where the host reads it
     level: torch.Tensor     # [N] the level of each query, as in LEVELS
     captions: torch.Tensor  # [B] the row of each image's caption
     unreadable: list        # names of images, and why
 
+    def to(self, device):
+        moved = {name: getattr(self, name).to(device, non_blocking=True)
+                 for name in ("pixels", "level", "captions")}
+        return self._replace(texts=self.texts.to(device), **moved)
 
-def collate(samples, tokenizer, pack):
+def collate(samples, tokenizer, pack, captions_only=False):
     """A list of samples -> Batch. `pack` (model.pack) lays out token ids for the text encoder.
 
     All that can be known before the step is worked out here, in a loader's process.
     """
     pixels, queries, unreadable = zip(*samples)
-    texts, levels = zip(*itertools.chain.from_iterable(queries))
+    queries = [sample[:1] if captions_only else sample for sample in queries]
+    texts, levels = zip(*itertools.chain(*queries))
     counts = torch.tensor([len(sample) for sample in queries])                       # [B]
     return Batch(
         pixels=torch.stack(pixels),
@@ -389,7 +336,6 @@ def collate(samples, tokenizer, pack):
         captions=counts.cumsum(0) - counts,
         unreadable=sum(unreadable, []),
     )
-
 
 def batches(size, batch, start, stop, rank=0, world=1, seed=0):
     """The batches of one rank, lists of (epoch, index): images `start` to `stop` of the stream.
@@ -408,13 +354,11 @@ def batches(size, batch, start, stop, rank=0, world=1, seed=0):
             samples.append((epoch, int(order[place % size])))
         yield samples
 
-
 # ----------------------------------------------------------------------------------------------- scenes
 
 # Made so that a small model learns them in minutes: each attribute fills patches of its own, and there are
 # 3,456 different objects, so that a full description is seldom twice in a batch, a false negative.
-SIZE = 64   # pixels; four cells of 32
-CARD, DARK = 29, (25, 25, 30)  # pixels of a card's side, colour of its texture
+SIZE, CARD = 64, 29  # pixels of a picture's side, of which a quarter holds a card, and of the card's
 SIDE = {"small": 13, "large": 23}  # pixels of an object on its card
 SPLITS = {"train": 80_000, "val": 1_000, "test": 1_000}
 SIBLINGS = 4  # val and test scenes come in groups that differ in one attribute of one object
@@ -439,7 +383,6 @@ SHAPES = {  # outlines in the unit square; of the circle, the corners of its box
 }
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 
-
 def scene(split, index):
     """The scene at (split, index): {"objects": four, in the order of PLACES, "background": its name}.
 
@@ -447,8 +390,7 @@ def scene(split, index):
     groups of SIBLINGS: the first is the original, each other one changes one attribute of one object.
     """
     group, member = (index, 0) if split == "train" else divmod(index, SIBLINGS)
-    rng = random.Random(f"{split} {group}")
-    objects = []
+    rng, objects = random.Random(f"{split} {group}"), []
     for place in range(4):
         thing = {name: rng.choice(values) for name, values in ATTRIBUTES.items()}
         thing["shape"] = rng.choice(tuple(SHAPES))
@@ -464,7 +406,6 @@ def scene(split, index):
         place, objects[place] = changes[member - 1]
     return {"objects": objects, "background": background}
 
-
 def changed(thing, count):
     """All objects that differ from `thing` in exactly `count` ATTRIBUTES (the shape stays, as in FG-OVD)."""
     for names in itertools.combinations(ATTRIBUTES, count):
@@ -473,11 +414,9 @@ def changed(thing, count):
             if other["card"] != other["colour"]:
                 yield other
 
-
 def expression(thing):
     """The phrase that says everything of an object: "a large red star on a striped orange card"."""
     return "a {size} {colour} {shape} on a {texture} {card} card".format(**thing)
-
 
 def describe(scene):
     """A scene's sentences (list of 6 str) and phrases (list of 8 str), not yet drawn from."""
@@ -488,15 +427,14 @@ def describe(scene):
     sentences += [f"Here {name[0]} is above {name[2]} and {name[1]} is to the right of it above {name[3]}",
                   f"Behind all of them there is nothing but a plain {scene['background']} background"]
     phrases = [expression(o) for o in objects]
-    phrases += [f"a {o['size']} {o['colour']} {o['shape']} on a {o['texture']} card" for o in objects]
+    phrases += ["a {size} {colour} {shape} on a {texture} card".format(**o) for o in objects]
     return sentences, phrases
-
 
 def draw(scene):
     """The scene as a PIL image of SIZE x SIZE."""
     image = Image.new("RGB", (SIZE, SIZE), BACKGROUNDS[scene["background"]])
     for thing in scene["objects"]:
-        card = np.where(TEXTURES[thing["texture"]][:, :, None], DARK, COLOURS[thing["card"]])
+        card = np.where(TEXTURES[thing["texture"]][:, :, None], (25, 25, 30), COLOURS[thing["card"]])
         card = Image.fromarray(card.astype(np.uint8))
         side = SIDE[thing["size"]]
         first = (CARD - side) // 2
@@ -505,7 +443,6 @@ def draw(scene):
         (pen.ellipse if thing["shape"] == "circle" else pen.polygon)(outline, fill=COLOURS[thing["colour"]])
         image.paste(card, thing["box"][:2])
     return image
-
 
 def scene_boxes(split):
     """FG-OVD's protocol on the objects of the original scenes of a split.
@@ -518,44 +455,35 @@ def scene_boxes(split):
     for group, objects in enumerate(originals):
         foreign = {expression(thing) for g in (1, 2, 3, 4) for thing in originals[(group + g) % count]}
         for place, thing in enumerate(objects):
-            rng = random.Random(f"boxes {group * SIBLINGS} {place}")
+            rng, positive = random.Random(f"boxes {group * SIBLINGS} {place}"), expression(thing)
             row = {"image": group, "box": thing["box"]}
             for level, name in enumerate(("hard", "medium", "easy"), start=1):
-                row[name] = [expression(o) for o in [thing, *rng.sample(list(changed(thing, level)), 10)]]
-            row["trivial"] = [expression(thing), *rng.sample(sorted(foreign - {expression(thing)}), 10)]
+                row[name] = [positive, *map(expression, rng.sample(list(changed(thing, level)), 10))]
+            row["trivial"] = [positive, *rng.sample(sorted(foreign - {positive}), 10)]
             rows.append(row)
     return rows
-
 
 def scenes_tokenizer():
     """A CLIPTokenizer that has each word of the scenes as one token, and bytes for all else (no hub)."""
     texts = [text for index in range(300) for text in sum(describe(scene("train", index)), [])]
-    merges = {}  # pair: rank
-    for word in sorted({word for text in texts for word in text.lower().split()}):
-        pieces = [*word[:-1], word[-1] + "</w>"]
-        while len(pieces) > 1:  # merge what BPE would merge next; where it would stop, teach it a merge more
-            pairs = list(zip(pieces, pieces[1:]))
-            pair = min(pairs, key=lambda pair: merges.get(pair, math.inf))
-            merges.setdefault(pair, len(merges))
-            place = pairs.index(pair)
-            pieces[place:place + 2] = ["".join(pair)]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*alphabet, *(c + "</w>" for c in alphabet), *map("".join, merges)]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=list(merges))
-
+    tokens = [*alphabet, *(c + "</w>" for c in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[])
+    words = sorted({word for text in texts for word in text.lower().split()})
+    tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=True) for word in words])
+    return tokenizer
 
 class Scenes:
     """The training scenes, which no file holds: (epoch, index) -> a sample, as `Captions` gives it."""
 
-    def __init__(self, size, settings):
-        self.size, self.settings = size, settings
+    def __init__(self, size, counts=(5, 8), seed=0):
+        self.size, self.counts, self.seed = size, counts, seed
 
     def __len__(self):
         return SPLITS["train"]
 
     def __getitem__(self, position):
-        drawn, rng = scene("train", position[1]), random.Random(f"{self.settings.seed} {position}")
+        drawn, rng = scene("train", position[1]), random.Random(f"{self.seed} {position}")
         sentences, phrases = describe(drawn)
-        sentences = [sentences[i] for i in draw_sentences(len(sentences), self.settings.sentences, rng)]
-        return to_pixels(draw(drawn), self.size), make_queries(sentences, phrases, self.settings), []
+        sentences = [sentences[i] for i in draw_sentences(len(sentences), self.counts[0], rng)]
+        return to_pixels(draw(drawn), self.size), make_queries(sentences, phrases, self.counts), []

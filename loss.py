@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 TILE = 512  # rows of the similarity matrix that exist at a time
 
-
 def clip_loss(image, text, scale):
     """Symmetric InfoNCE between the rows of image and text [B, D], over the batch of all ranks -> scalar.
 
@@ -26,7 +25,6 @@ def clip_loss(image, text, scale):
     counts = gather(torch.tensor([len(t)])).tolist()                 # rows of each rank
     over_texts, over_images = log_sum_exps(v, t, counts)             # [B], [B]
     return len(counts) * (over_texts + over_images - 2 * (v * t).sum(1)).sum() / (2 * sum(counts))
-
 
 def beta_cal(visual, text, owner, scale, beta, kind="ce", global_negatives=False):
     """β-contextualised contrastive alignment (β-CAL) of pooled embeddings with their queries -> scalar.
@@ -47,7 +45,9 @@ def beta_cal(visual, text, owner, scale, beta, kind="ce", global_negatives=False
     own = (v * t).sum(1)                                             # [N] s v_i · t_i
 
     if kind == "bce":
-        total = softplus_sum(v, t, owner, beta, counts) + (1 - beta) * F.softplus(-own).sum()  # w_ii = 1
+        # all pairs as negatives, then what siblings and each query itself make of theirs
+        total = softplus_sum(v, t, counts) + siblings(v, t, owner, sizes, beta)
+        total = total + (1 - beta) * F.softplus(-own).sum()          # w_ii = 1
         return ranks * total / (images.sum() * most.max()) ** 2      # (B K)²
 
     owner, sizes = owner.to(v.device, non_blocking=True), sizes.to(v, non_blocking=True)
@@ -59,17 +59,14 @@ def beta_cal(visual, text, owner, scale, beta, kind="ce", global_negatives=False
     text_side = over_images - ((1 - beta) * own + beta * (v_sum[owner] * t).sum(1)) / d
     return ranks * (image_side + text_side).sum() / (2 * sum(counts))
 
-
 def unit(x):
     """L2-normalise the last dimension, in float32 (float64 stays)."""
     return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
 
-
-def in_tiles(function, *rows):
+def in_tiles(function, rows):
     """`function` of TILE rows at a time -> list; what it computes in between is not kept but recomputed."""
-    tiles = zip(*(x.split(TILE) for x in rows))
-    return [checkpoint(function, *tile, use_reentrant=False, preserve_rng_state=False) for tile in tiles]
-
+    return [checkpoint(function, tile, use_reentrant=False, preserve_rng_state=False)
+            for tile in rows.split(TILE)]
 
 def log_sum_exps(v, t, counts):
     """This rank's v, t [n, D], the rows of each rank -> log-sum-exps of v's logits [n] and of t's [n]."""
@@ -85,21 +82,20 @@ def log_sum_exps(v, t, counts):
         over_columns = gather(over_columns[None]).logsumexp(0).split(counts)[dist.get_rank()]
     return torch.cat(over_rows), over_columns
 
-
-def softplus_sum(v, t, owner, beta, counts):
-    """Binary cross-entropies of v [n, D] with all ranks' t, summed; β weighs the pairs of one image."""
-    rank = dist.get_rank() if len(counts) > 1 else 0
+def softplus_sum(v, t, counts):
+    """This rank's v [n, D] as negatives of all ranks' t: the sum of softplus over all pairs."""
     columns = gather_rows(t, counts)                                 # [N, D]
-    owners = gather_rows(owner + rank * 2**32, counts).to(v.device, non_blocking=True)  # [N] and rank
+    return torch.stack(in_tiles(lambda rows: F.softplus(rows @ columns.T).sum(), v)).sum()
 
-    def of_a_tile(rows, row_owners):
-        logits = rows @ columns.T                                    # [TILE, N]
-        negative = F.softplus(logits)
-        positive = negative - logits                                 # softplus(-logits)
-        return torch.where(row_owners[:, None] == owners, beta * positive, negative).sum()
-
-    return torch.stack(in_tiles(of_a_tile, v, owners.split(counts)[rank])).sum()
-
+def siblings(v, t, owner, sizes, beta):
+    """What the pairs of one image cost as positives of weight β, less what they cost as negatives."""
+    place = torch.arange(len(owner)) - (sizes.cumsum(0) - sizes)[owner]                # [N] 0 … K - 1
+    grid = v.new_zeros(len(sizes), int(sizes.max()), v.shape[1])
+    v, t = (grid.index_put((owner, place), x) for x in (v, t))       # [B, K, D]
+    logits = v @ t.mT                                                # [B, K, K]
+    real = (torch.arange(grid.shape[1]) < sizes[:, None]).to(logits)                   # [B, K]
+    difference = beta * F.softplus(-logits) - F.softplus(logits)
+    return (difference * real[:, :, None] * real[:, None]).sum()
 
 class Gather(torch.autograd.Function):
     @staticmethod
@@ -116,11 +112,9 @@ class Gather(torch.autograd.Function):
         dist.reduce_scatter(own := torch.empty_like(parts[0]), parts)
         return own
 
-
 def gather(x):
     """The rows of all ranks in the order of the ranks, with gradient: [n, …] -> [W n, …]."""
     return Gather.apply(x) if dist.is_initialized() else x
-
 
 def gather_rows(x, counts):
     """As `gather`, where each rank has another number of rows: [n, …] -> [sum(counts), …]."""

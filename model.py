@@ -8,10 +8,8 @@ At test time it is a plain CLIP: `cls` against `text`. Patches serve FG-OVD, the
 """
 
 import argparse
-import json
 import math
 from collections import Counter
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -22,20 +20,19 @@ import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from torch.nn.attention.varlen import varlen_attn
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.activations import ACT2FN
 from transformers.utils import logging
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()  # its report of missing weights is a page long; `pretrained` raises an error
-
 FROZEN_POSITIONS = 20  # the first text positions keep their values
+OPENAI = "openai/clip-vit-base-patch16"  # all of OpenAI's CLIPs share its tokenizer
 
+# ----------------------------------------------------------------------------------------------- modules
 
 def stretch_positions(weight):
-    """Text positions for long captions: [77, D] -> [248, D].
+    """Text positions for long captions, [77, D] -> [248, D].
 
     The first 20 rows stay. Each other row becomes four, at 0, ¼, ½ and ¾ of the way to its right neighbour;
     the last row has none and is extrapolated with its left difference.
@@ -45,7 +42,6 @@ def stretch_positions(weight):
     quarters = torch.arange(4, dtype=weight.dtype, device=weight.device) / 4
     between = rest[:, None] + quarters[:, None] * step[:, None]                 # [57, 4, D]
     return torch.cat([weight[:FROZEN_POSITIONS], between.flatten(0, 1)])
-
 
 class TextPositions(nn.Module):
     """An nn.Embedding of text positions whose first rows are a buffer: no gradient, no weight decay."""
@@ -57,7 +53,6 @@ class TextPositions(nn.Module):
 
     def forward(self, ids):
         return F.embedding(ids, torch.cat([self.frozen, self.learned]))
-
 
 class PatchPooler(nn.Module):
     """Each query pools the patches of its image by cross-attention. A residual would leak the query."""
@@ -71,16 +66,16 @@ class PatchPooler(nn.Module):
 
     def forward(self, text, owner, patches):
         """text [N, D], owner [N] sorted, on the CPU, patches [B, P, D] -> [N, D]."""
-        counts = owner.bincount(minlength=len(patches)).tolist()                # queries of each image
-        query = F.normalize(text, dim=-1).split(counts)
-        query = pad_sequence(query, batch_first=True)                           # [B, K, D]
-        keys = F.normalize(patches, dim=-1)
-        out = self.attn(query, keys, keys, need_weights=False)[0]               # [B, K, D]
-        out = torch.cat([rows[:count] for rows, count in zip(out, counts)])     # [N, D]
+        counts = owner.bincount(minlength=len(patches))                         # [B] queries of each image
+        place = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]   # [N] of each in its image
+        index = tuple(x.to(patches.device, non_blocking=True) for x in (owner, place))
+        text, keys = F.normalize(text, dim=-1), F.normalize(patches, dim=-1)
+        query = text.new_zeros(len(patches), int(counts.max()), text.shape[1])
+        query = query.index_put(index, text)                                    # [B, K, D]
+        out = self.attn(query, keys, keys, need_weights=False)[0][index]        # [N, D]
         return out + self.mlp(self.ln(out))
 
-
-# ---- packed texts: no padding
+# ------------------------------------------------------------------------------ packed texts: no padding
 
 class PackedTexts(NamedTuple):
     """N texts for the text encoder: the n distinct ones, sorted by length, stand end to end as T tokens."""
@@ -91,9 +86,7 @@ class PackedTexts(NamedTuple):
     groups: list             # (length, number of texts of that length), ascending
 
     def to(self, device):
-        tensors = (x.to(device, non_blocking=True) for x in self[:-1])
-        return PackedTexts(*tensors, self.groups)
-
+        return PackedTexts(*(x.to(device, non_blocking=True) for x in self[:-1]), self.groups)
 
 def pack(texts):
     """A list of N lists of token ids, BOS … EOS -> PackedTexts."""
@@ -110,7 +103,6 @@ def pack(texts):
         groups=sorted(Counter(lengths.tolist()).items()),
     )
 
-
 @torch.compiler.disable  # the groups differ from batch to batch
 def attend(query, key, value, heads, texts, causal):
     """Attention within each text: key, value [T, W], query [T, W], or [n, W] of one token a text -> as query.
@@ -119,19 +111,18 @@ def attend(query, key, value, heads, texts, causal):
     side by side, so a group of them is a view.
     """
     query, key, value = (x.unflatten(-1, (heads, -1)) for x in (query, key, value))      # [T, H, W / H]
-    tokens = [length * count for length, count in texts.groups]
-    asking = tokens if causal else [count for _, count in texts.groups]
     if query.is_cuda and query.dtype != torch.float32:
         longest = texts.groups[-1][0]
         starts = texts.offsets if causal else torch.arange(len(texts.offsets), device=query.device).int()
         return varlen_attn(query, key, value, starts, texts.offsets, longest if causal else 1, longest,
                            window_size=(-1, 0 if causal else -1)).flatten(1)
+    tokens = [length * count for length, count in texts.groups]
+    asking = tokens if causal else [count for _, count in texts.groups]
     out = []
     for (_, count), *group in zip(texts.groups, query.split(asking), key.split(tokens), value.split(tokens)):
         q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in group)          # [count, H, L, W / H]
         out.append(F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(0, 1))
     return torch.cat(out).flatten(1)
-
 
 def text_layer(layer, x, texts, eos=None):
     """A transformer layer on packed texts: x [T, W] -> [T, W]; or, for the tokens `eos` [n] alone, [n, W]."""
@@ -141,11 +132,9 @@ def text_layer(layer, x, texts, eos=None):
     x = x + attn.out_proj(mixed)
     return x + layer.mlp(layer.layer_norm2(x))
 
-
 def image_layer(layer, x):
     """A transformer layer on images: x [B, 1 + P, W] -> [B, 1 + P, W]."""
     return layer(x, attention_mask=None)
-
 
 def value_only_layer(layer, x):
     """The last layer on images, x [B, 1 + P, W] -> as x: CLS attends as usual, a patch sees itself alone."""
@@ -157,6 +146,7 @@ def value_only_layer(layer, x):
     x = x + attn.out_proj(torch.cat([cls, value[:, 1:]], dim=1))
     return x + layer.mlp(layer.layer_norm2(x))
 
+# -------------------------------------------------------------------------------------------- the model
 
 class BetaCLIP(nn.Module):
     """`clip`, whose 77 text positions become 248 (others stay), and a fresh pooler; changes `clip` itself."""
@@ -171,8 +161,7 @@ class BetaCLIP(nn.Module):
         text.position_embedding = TextPositions(weight)
         text.register_buffer("position_ids", torch.arange(len(weight))[None], persistent=False)
         clip.config.text_config.max_position_embeddings = self.context = len(weight)
-        self.dim = clip.config.projection_dim
-        self.image_size = clip.config.vision_config.image_size
+        self.dim, self.image_size = clip.config.projection_dim, clip.config.vision_config.image_size
         self.clip, self.pooler = clip, PatchPooler(self.dim)
         self.has_trained_pooler = False
         self.image_layer, self.text_layer = image_layer, text_layer
@@ -182,10 +171,9 @@ class BetaCLIP(nn.Module):
         return self.clip.device
 
     def encode_image(self, pixels):
-        """pixels [B, 3, H, W] -> cls [B, D], patches [B, P, D], not normalised.
+        """pixels [B, 3, H, W] -> cls [B, D], the stock CLIP image embedding, patches [B, P, D]; not normalised.
 
-        `cls` is the stock CLIP image embedding. In the last layer patches take the value-only path: no mixing
-        between them, so each stays the embedding of its own place.
+        In the last layer patches take the value-only path: no mixing, so each embeds its own place.
         """
         vision = self.clip.vision_model
         x = vision.pre_layrnorm(vision.embeddings(pixels))                               # [B, 1 + P, W]
@@ -204,11 +192,11 @@ class BetaCLIP(nn.Module):
         if not isinstance(texts, PackedTexts):
             texts = pack([text.tolist() for text in texts]).to(self.device)
         text = self.clip.text_model
-        embeddings = text.embeddings
-        x = embeddings.token_embedding(texts.tokens) + embeddings.position_embedding(texts.positions)
+        token, position = text.embeddings.token_embedding, text.embeddings.position_embedding
+        x = token(texts.tokens) + position(texts.positions)                              # [T, W]
         *layers, last = text.encoder.layers
         for layer in layers:
-            x = self.text_layer(layer, x, texts)                                         # [T, W]
+            x = self.text_layer(layer, x, texts)
         x = text_layer(last, x, texts, eos=texts.offsets[1:] - 1)                        # [n, W]
         return self.clip.text_projection(text.final_layer_norm(x))[texts.rows]           # [N, D]
 
@@ -221,29 +209,21 @@ class BetaCLIP(nn.Module):
         text = self.encode_text(texts)
         return cls, text, self.pooler(text, owner, patches) if self.has_trained_pooler else None
 
-    def compile_layers(self):
-        """torch.compile the transformer layers, but for the last of each tower."""
-        torch._dynamo.config.optimize_ddp = False  # which would cut a layer in two
-        self.image_layer, self.text_layer = torch.compile(self.image_layer), torch.compile(self.text_layer)
+    def wrap_layers(self, wrap):
+        """Wrap what computes a layer, but for the last of each tower, for instance in torch.compile."""
+        self.image_layer, self.text_layer = wrap(self.image_layer), wrap(self.text_layer)
 
-    def checkpoint_layers(self):
-        """Recompute the layers' activations in the backward pass, but for the last of each tower."""
-        self.image_layer = partial(checkpoint, self.image_layer, use_reentrant=False)
-        self.text_layer = partial(checkpoint, self.text_layer, use_reentrant=False)
+# ---------------------------------------------------------------------------------------------- loading
 
-
-# ---- loading and exporting
-
-def from_scratch(tokenizer, width=128):
-    """A small model with random weights for the built-in scenes: 64 x 64 pixels, `tokenizer`'s vocabulary."""
-    tower = dict(hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 32)
+def from_scratch(tokenizer, image_size=64):
+    """A small model with random weights and `tokenizer`'s vocabulary, for the built-in scenes."""
+    tower = dict(hidden_size=128, intermediate_size=512, num_attention_heads=4)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    vision = tower | dict(num_hidden_layers=3, image_size=64, patch_size=8)
+    vision = tower | dict(num_hidden_layers=3, image_size=image_size, patch_size=8)
     text = tower | ids | dict(num_hidden_layers=2, max_position_embeddings=77, vocab_size=len(tokenizer))
-    return BetaCLIP(CLIPModel(CLIPConfig(projection_dim=width, vision_config=vision, text_config=text)))
+    return BetaCLIP(CLIPModel(CLIPConfig(projection_dim=128, vision_config=vision, text_config=text)))
 
-
-AUTHORS = (  # parts of the authors' parameter names, and of Hugging Face's
+AUTHORS = (  # parts of the authors' parameter names, and of ours
     ("module.", ""), ("visual.cls_token", "vision_model.embeddings.class_embedding"),
     ("visual.pos_embed", "vision_model.embeddings.position_embedding.weight"),
     ("visual.patch_embed.proj", "vision_model.embeddings.patch_embedding"),
@@ -256,7 +236,6 @@ AUTHORS = (  # parts of the authors' parameter names, and of Hugging Face's
 AUTHORS_POOLER = (("module.", ""), ("text_conditioned_patches_block.", ""), ("ln_2", "ln"),
                   ("mlp.c_fc", "mlp.0"), ("mlp.c_proj", "mlp.2"))
 
-
 def from_authors(state_dict, heads=None):
     """The authors' state_dict -> BetaCLIP, of the tensors' sizes; `heads` where a head is not 64 wide."""
     ours, pooler = {}, {}
@@ -268,14 +247,14 @@ def from_authors(state_dict, heads=None):
             part |= {name.replace("qkv", f"{one}_proj"): rows for one, rows in zip("qkv", tensor.chunk(3))}
         else:
             part[name] = tensor
-    ours["visual_projection.weight"] = ours.pop("image_projection").T
-    ours["text_projection.weight"] = ours.pop("text_projection").T
-    image = "vision_model.embeddings."
+    for projection, name in (("visual", "image_projection"), ("text", "text_projection")):
+        ours[f"{projection}_projection.weight"] = ours.pop(name).T
+    image, text = "vision_model.embeddings.", "text_model.embeddings."
     ours[image + "class_embedding"] = ours[image + "class_embedding"].flatten()
     ours[image + "position_embedding.weight"] = ours[image + "position_embedding.weight"][0]
-    fixed, learned = ours.pop("positional_embedding"), ours.pop("positional_embedding_res")
-    positions = torch.cat([fixed[:FROZEN_POSITIONS], learned[FROZEN_POSITIONS:]])
-    ours["text_model.embeddings.position_embedding.weight"] = positions
+    frozen, learned = ours.pop("positional_embedding"), ours.pop("positional_embedding_res")
+    ours[text + "position_embedding.weight"] = torch.cat([frozen[:FROZEN_POSITIONS],
+                                                          learned[FROZEN_POSITIONS:]])
 
     def tower(part):
         width = len(ours[f"{part}.encoder.layers.0.layer_norm1.weight"])
@@ -287,29 +266,29 @@ def from_authors(state_dict, heads=None):
 
     patch = ours[image + "patch_embedding.weight"].shape[-1]
     side = math.isqrt(len(ours[image + "position_embedding.weight"]) - 1)
-    vocabulary = len(ours["text_model.embeddings.token_embedding.weight"])
-    vision = tower("vision_model") | dict(patch_size=patch, image_size=patch * side)
-    text = tower("text_model") | dict(vocab_size=vocabulary, bos_token_id=vocabulary - 2,
-                                      eos_token_id=vocabulary - 1, max_position_embeddings=len(positions))
-    dim = len(ours["visual_projection.weight"])
-    clip = CLIPModel(CLIPConfig(projection_dim=dim, vision_config=vision, text_config=text))
+    size = len(ours[text + "token_embedding.weight"])
+    config = CLIPConfig(
+        projection_dim=len(ours["visual_projection.weight"]),
+        vision_config=tower("vision_model") | dict(patch_size=patch, image_size=patch * side),
+        text_config=tower("text_model") | dict(vocab_size=size, bos_token_id=size - 2, eos_token_id=size - 1,
+                                               max_position_embeddings=len(learned)))
+    clip = CLIPModel(config)
     clip.load_state_dict(ours)
     model = BetaCLIP(clip)
     model.pooler.load_state_dict(pooler)
     model.has_trained_pooler = True
     return model
 
-
-def read(path):
-    """The dict in a torch file. Tensors and plain values only: no pickle is executed. Else ValueError."""
+def read(path, name):
+    """The dict with a `name` in a torch file, of tensors and plain values: no pickle is executed. ValueError."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the authors' checkpoints hold one
-            return dict(torch.load(path, map_location="cpu", weights_only=True))
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: saved[name], **saved}
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(f"{path}: no checkpoint, or one with more than tensors and plain values") from error
-
+        raise ValueError(f"{path} holds no {name}, or more than tensors and plain values") from error
 
 def load(source, heads=None, size=None):
     """A run's folder, an authors' .pt, or a Hugging Face CLIP (folder or hub name) -> BetaCLIP, on the CPU.
@@ -318,83 +297,63 @@ def load(source, heads=None, size=None):
     size:  pixels of an image's side, where not the model's own; position embeddings are resampled
     Raises OSError where nothing is, ValueError where something else is, and what torch raises.
     """
-    path = Path(source)
-    if path.suffix != ".pt" and not (path / "checkpoint.pt").is_file():
-        model = pretrained(source)
+    if Path(source).suffix == ".pt":
+        model = from_authors(read(source, "state_dict")["state_dict"], heads)
     else:
-        saved = read(path if path.is_file() else path / "checkpoint.pt")
-        if "config" in saved:
-            model = BetaCLIP(CLIPModel(CLIPConfig(**json.loads(saved["config"]))))
-            model.load_state_dict(saved["model"])
-            model.has_trained_pooler = saved["args"]["cal"] != "none"
-        elif "state_dict" in saved:
-            model = from_authors(saved["state_dict"], heads)
-        else:
-            raise ValueError(f"{path}: neither a checkpoint of train.py nor one of the authors'")
+        model = pretrained(run_model(source))
     if size and size != model.image_size:
         resize_images(model, size)
     return model.eval()
 
+def run_model(source):
+    """The model in a run's folder, or `source` itself, where it is none."""
+    return Path(source, "hf") if Path(source, "hf").is_dir() else source
 
 def pretrained(name):
     """A Hugging Face CLIP, hub name or folder -> BetaCLIP, with the pooler that lies beside, if one does."""
-    local = Path(name).is_dir()
-    if not local and str(name).count("/") != 1:  # the hub would be asked for minutes
-        raise OSError("neither a folder, nor a .pt file, nor a hub name (OWNER/NAME)")
     clip, report = CLIPModel.from_pretrained(name, dtype=torch.float32, attn_implementation="sdpa",
                                              output_loading_info=True)
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}: not a whole CLIP")
-    model = BetaCLIP(clip)
-    pooler = Path(name if local else snapshot_download(name, allow_patterns="pooler.safetensors"))
-    if (pooler / "pooler.safetensors").is_file():
-        model.pooler.load_state_dict(load_file(pooler / "pooler.safetensors"))
+    model, pooler = BetaCLIP(clip), "pooler.safetensors"
+    folder = Path(name if Path(name).is_dir() else snapshot_download(name, allow_patterns=pooler))
+    if (folder / pooler).is_file():
+        model.pooler.load_state_dict(load_file(folder / pooler))
         model.has_trained_pooler = True
     return model
 
-
 def resize_images(model, size):
-    """Let `model` see images of another size: resample its positions, bicubic, as transformers does."""
+    """Let `model` see images of another size: resample its positions, as transformers does."""
     embeddings = model.clip.vision_model.embeddings
     if size % embeddings.patch_size:
         raise ValueError(f"{size} pixels are no multiple of its patches of {embeddings.patch_size}")
-    weight = embeddings.position_embedding.weight.data                                   # [1 + P, W]
-    old, new = math.isqrt(len(weight) - 1), size // embeddings.patch_size
-    grid = weight[1:].T.unflatten(1, (old, old))[None]                                   # [1, W, old, old]
-    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
-    weight = torch.cat([weight[:1], grid[0].flatten(1).T])                               # [1 + new², W]
+    patches = torch.zeros(1, 1 + (size // embeddings.patch_size) ** 2, embeddings.embed_dim)
+    weight = embeddings.interpolate_pos_encoding(patches, size, size).detach()[0]        # [1 + P, W]
     embeddings.position_embedding = nn.Embedding.from_pretrained(weight, freeze=False)
     embeddings.register_buffer("position_ids", torch.arange(len(weight))[None], persistent=False)
     embeddings.image_size = model.clip.config.vision_config.image_size = model.image_size = size
 
-
-OPENAI = "openai/clip-vit-base-patch16"  # all of OpenAI's CLIPs share its tokenizer
-
-
 def load_tokenizer(source, model):
     """The tokenizer of the model that `load` made of `source`; an authors' .pt has OpenAI's, maybe beside it.
 
-    Raises OSError where there is none, ValueError where it has more tokens than the model.
+    Raises OSError where there is none, ValueError where it is not the model's.
     """
+    source, size = run_model(source), model.clip.config.text_config.vocab_size
     if Path(source).is_file():
         folder = Path(source).parent
         source = folder if (folder / "tokenizer_config.json").is_file() else OPENAI
     tokenizer = CLIPTokenizer.from_pretrained(source)
-    if len(tokenizer) < 256:  # transformers makes an empty one where it finds no files
-        raise OSError(f"no tokenizer in {source}" if source != OPENAI else
-                      f"OpenAI's tokenizer cannot be fetched: save that of {OPENAI} in {folder}")
+    if not 256 < len(tokenizer) <= size:  # transformers makes an empty one where it finds no files
+        raise ValueError(f"{source} has a tokenizer of {len(tokenizer)} tokens, the model reads {size}; that "
+                         "of an authors' .pt may lie beside it")
     tokenizer.backend_tokenizer.no_truncation()  # which may have been saved with it
     tokenizer.backend_tokenizer.no_padding()
-    size = model.clip.config.text_config.vocab_size
-    if len(tokenizer) > size:
-        raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, the model only {size}")
     return tokenizer
 
-
-def export(model, tokenizer, folder, card=None):
+def export(model, tokenizer, folder, **card):
     """Write a folder that stock transformers load, with 248 text positions; a trained pooler lies beside.
 
-    card: what README.md, a page for the hub, says of it: base, command, table (str)
+    card: base, command and table (str), what README.md, its page on the hub, says of it
     """
     state, name = model.clip.state_dict(), "text_model.embeddings.position_embedding."
     state[name + "weight"] = torch.cat([state.pop(name + "frozen"), state.pop(name + "learned")])

@@ -29,6 +29,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # else waiting threads keep
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -47,7 +48,6 @@ BAD_STEPS = 3   # steps in a row whose gradient is not finite end a run
 MAY_CHANGE_ON_RESUME = {"out", "root", "val", "workers", "save_every", "eval_every", "grad_checkpointing",
                         "compile"}
 
-
 def arguments(argv=None):
     """Parse and check the command line; what is not given comes from SCENES or RECIPE."""
     parser = data.argument_parser(__doc__)
@@ -60,7 +60,7 @@ def arguments(argv=None):
     add("--phrases", type=int, help="phrase queries per image, at most")
     add("--data", default="scenes", help="scenes, sharegpt4v, or what datasets.load_dataset reads: a JSON, "
         "JSON lines or parquet file, a folder, a hub name")
-    add("--columns", type=data.column_names, metavar="IMAGE,CAPTION", help="the columns of --data and --val")
+    add("--columns", metavar="IMAGE,CAPTION", help="the columns of --data and --val")
     add("--root", default="data", help="the folder that image names start from, and of the benchmarks")
     add("--val", help="a file of images and captions to measure retrieval on")
     add("--model", help="base, scratch, or what eval.py's --ckpt takes; its pooler is trained on")
@@ -81,22 +81,19 @@ def arguments(argv=None):
     add("--out", help="the run's folder (default: runs/…, named by data, cal, beta and seed)")
     add("--save-every", type=int, default=500, help="steps between checkpoints; an epoch's end makes one too")
     add("--eval-every", type=float, default=1, help="epochs between evaluations")
+    known, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**(SCENES if known.data == "scenes" else RECIPE))
     args = parser.parse_args(argv)
-    for name, value in (SCENES if args.data == "scenes" else RECIPE).items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
 
     may_be_zero = {"beta", "cal_weight", "sentences", "phrases", "lr", "lr_pooler", "wd", "workers", "seed"}
     for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            high = {"beta": 1, "max_norm": math.inf}.get(name, 2**63)
-            if not (0 < value <= high or value == 0 and name in may_be_zero):
-                raise data.InputError(f"--{name.replace('_', '-')} {value}: out of range")
+        high = {"beta": 1, "max_norm": math.inf}.get(name, 2**63)
+        if type(value) in (int, float) and not (0 < value <= high or value == 0 and name in may_be_zero):
+            raise data.InputError(f"--{name.replace('_', '-')} {value}: out of range")
     if args.out is None:
         setting = args.cal + (f"-beta{args.beta:g}" if args.cal != "none" else "")
         args.out = f"runs/{Path(args.data).stem}-{setting}-seed{args.seed}"
     return args
-
 
 # ------------------------------------------------------------------------------------------- the step
 
@@ -106,16 +103,6 @@ def cosine(step, total, peak, end, warmup=0, start=0.0):
         return start + (peak - start) * min(1, step / max(1, warmup - 1))
     return end + (peak - end) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
-
-def set_learning_rates(optimizer, seen, total, warmup, args):
-    """The rates of backbone and pooler after `seen` of `total` steps, as the paper's recipe has them."""
-    lr = cosine(seen, total, args.lr, 1e-2 * args.lr, warmup, 1e-4 * args.lr)
-    lr_pooler = cosine(seen, total, args.lr_pooler, 0.1 * args.lr_pooler)
-    for group in optimizer.param_groups:
-        group["lr"] = lr if group["part"] == "backbone" else lr_pooler
-    return lr, lr_pooler
-
-
 def parameter_groups(model, wd):
     """AdamW's groups: backbone and pooler, each with its matrices decayed and the rest not."""
     groups = []
@@ -124,7 +111,6 @@ def parameter_groups(model, wd):
         groups.append(dict(part=part, params=[p for p in trained if p.ndim >= 2], weight_decay=wd))
         groups.append(dict(part=part, params=[p for p in trained if p.ndim < 2], weight_decay=0.0))
     return [group for group in groups if group["params"]]
-
 
 def train_step(net, batches, optimizer, scaler, args):
     """One optimiser step over args.accum micro-batches, from the iterator `batches`.
@@ -162,7 +148,6 @@ def train_step(net, batches, optimizer, scaler, args):
             logit_scale.clamp_(0, math.log(100))
     return torch.stack(losses), norm, finite
 
-
 def device_batches(loader, device):
     """The loader's batches, on the device but for `owner`, which the host reads.
 
@@ -178,106 +163,83 @@ def device_batches(loader, device):
         if batch.unreadable and unreadable.total() > max(10, 0.01 * drawn):
             raise data.InputError(f"{unreadable.total()} of the {drawn} images of this process were "
                                   "unreadable, more than 1 %: see the names above, and --root")
-        pixels, level, captions = (x.to(device, non_blocking=True)
-                                   for x in (batch.pixels, batch.level, batch.captions))
-        yield batch._replace(pixels=data.normalize(pixels), texts=batch.texts.to(device), level=level,
-                             captions=captions)
-
+        batch = batch.to(device)
+        yield batch._replace(pixels=data.normalize(batch.pixels))
 
 # ------------------------------------------------------------------------------------ the run's folder
 
-class Run:
-    """A run's folder: its checkpoint and its log."""
+def load_checkpoint(path, args):
+    """The state that `save_checkpoint` wrote, or {}. Raises InputError where the folder holds another run."""
+    if not path.is_file():
+        return {}
+    try:
+        saved = models.read(path, "args")
+    except ValueError as error:
+        raise data.InputError(f"--out {args.out} holds no checkpoint of train.py: {error}") from error
+    before = saved["args"]
+    changed = [f"{name} {before.get(name)} (now {value})" for name, value in vars(args).items()
+               if name not in MAY_CHANGE_ON_RESUME and before.get(name) != value]
+    if changed:
+        raise data.InputError(f"--out {args.out} holds another run, with {', '.join(changed)}: "
+                              "choose another --out")
+    return saved
 
-    def __init__(self, args):
-        self.folder, self.checkpoint = Path(args.out), Path(args.out, "checkpoint.pt")
-        self.arguments = {name: x for name, x in vars(args).items() if name not in MAY_CHANGE_ON_RESUME}
+def save_checkpoint(path, state):
+    """Write beside, flush to disk, rename: at any moment there is a whole checkpoint, old or new."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
+        temporary.unlink(missing_ok=True)
+        raise data.InputError(f"{path} cannot be written, the last stands: {error}") from error
 
-    def load(self):
-        """The last checkpoint, or None. Raises InputError where the folder holds another run."""
-        if not self.checkpoint.is_file():
-            return None
-        try:
-            saved = models.read(self.checkpoint)
-            before = saved["args"]
-        except (ValueError, KeyError) as error:
-            raise data.InputError(f"--out {self.folder} holds no checkpoint of train.py: {error}") from error
-        changed = [f"{name} {before.get(name)} (now {value})" for name, value in self.arguments.items()
-                   if before.get(name) != value]
-        if changed:
-            raise data.InputError(f"--out {self.folder} holds another run, with {', '.join(changed)}: "
-                                  "choose another --out")
-        return saved
-
-    def restore(self, saved, **parts):
-        """Load what was saved into the parts of that name. Raises InputError where one does not fit."""
-        try:
-            for name, part in parts.items():
-                part.load_state_dict(saved[name])
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise data.InputError(f"--out {self.folder} holds a run of another model: {error}") from error
-
-    def save(self, **state):
-        """Write beside, flush to disk, rename: at any moment there is a whole checkpoint, old or new."""
-        temporary = self.checkpoint.with_suffix(".tmp")
-        try:
-            with open(temporary, "wb") as file:
-                torch.save(state | {"args": self.arguments}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.checkpoint)
-        except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
-            temporary.unlink(missing_ok=True)
-            raise data.InputError(f"{self.checkpoint} cannot be written, the last stands: {error}") from error
-
-    def log(self, **line):
-        """Append a line to log.jsonl, NaN as null. A resumed run may repeat a step: its last line counts."""
-        line = {name: None if x in (math.inf, -math.inf) or x != x else x for name, x in line.items()}
-        with open(self.folder / "log.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
-
+def log(args, **line):
+    """Append a line to log.jsonl, NaN as null. A resumed run may repeat a step: its last line counts."""
+    line = {name: None if x in (math.inf, -math.inf) or x != x else x for name, x in line.items()}
+    with open(Path(args.out, "log.jsonl"), "a") as file:
+        file.write(json.dumps(line) + "\n")
 
 def on_signals(handler):
     """What SIGTERM and SIGINT do from now on."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handler)
 
-
 def outlive_signals(_):
     """In a loader's process: a signal may go to all processes, and the step that ends needs its batches."""
     on_signals(lambda *_: signal.alarm(60))
 
-
 # ------------------------------------------------------------------------------------------------ main
 
-def build(args, resumed):
+def build(args):
     """The model, its tokenizer and the samples that `args` name."""
     source = f"{BASE}/hf" if args.model == "base" else args.model
     if source == "scratch":
-        if args.size:
-            raise data.InputError("--size: the model from scratch has its own, 64")
         tokenizer = data.scenes_tokenizer()
-        model = models.from_scratch(tokenizer)
+        model = models.from_scratch(tokenizer, args.size or data.SIZE)
     else:
         model, tokenizer = evaluation.load(source, args.size)
     if model.context < 248:
         raise data.InputError(f"--model {source}: it reads {model.context} tokens, training needs 248")
-    if evaluation.is_main() and not resumed and args.cal != "none":
+    if evaluation.is_main() and args.cal != "none":
         which = "its pooler is trained on" if model.has_trained_pooler else "a fresh pooler"
         print(f"{source}: {which}", file=sys.stderr)
     model.has_trained_pooler = args.cal != "none"
     model.pooler.requires_grad_(model.has_trained_pooler)
     if args.compile:
-        model.compile_layers()
+        torch._dynamo.config.optimize_ddp = False  # which would cut a layer in two
+        model.wrap_layers(torch.compile)
     if args.grad_checkpointing:
-        model.checkpoint_layers()
+        model.wrap_layers(lambda layer: partial(checkpoint, layer, use_reentrant=False))
 
-    settings = data.QuerySettings(args.sentences, args.phrases, args.cal == "none", args.seed)
+    queries = (args.sentences, args.phrases if model.has_trained_pooler else 0), args.seed
     if args.data == "scenes":
-        return model, tokenizer, data.Scenes(model.image_size, settings)
+        return model, tokenizer, data.Scenes(model.image_size, *queries)
     file = Path(args.root, data.SHAREGPT4V) if args.data == "sharegpt4v" else args.data
-    return model, tokenizer, data.Captions(file, args.root, model.image_size, settings, args.columns)
-
+    return model, tokenizer, data.Captions(file, args.root, model.image_size, *queries, args.columns)
 
 @data.user_errors()
 def main(argv=None):
@@ -288,9 +250,9 @@ def main(argv=None):
     if args.model == "base" and not Path(BASE, "eval.json").is_file():  # which is written last
         main(BASE_ARGUMENTS)
     torch.manual_seed(args.seed)  # the same on every rank
-    run, (rank, world) = Run(args), evaluation.rank_and_world()
-    saved = run.load()
-    model, tokenizer, samples = build(args, resumed=bool(saved))
+    (rank, world), folder = evaluation.rank_and_world(), Path(args.out)
+    saved = load_checkpoint(folder / "checkpoint.pt", args)
+    model, tokenizer, samples = build(args)
     model.to(device)
 
     # ---- positions are in images seen, so that the number of processes may change
@@ -298,62 +260,70 @@ def main(argv=None):
     if len(samples) < args.batch_size * world:
         raise data.InputError(f"--batch-size {args.batch_size} x {world}: only {len(samples)} samples")
     steps = min(max(1, int(args.epochs * len(samples) / per_step)), args.max_steps or math.inf)
-    start = dict(step=0, seen=0, total=steps * per_step, world=world, evaluate=True)
-    start |= {name: saved[name] for name in start if saved}
-    step, seen, total = start["step"], start["seen"], start["total"]
-    if start["world"] != world and rank == 0:
-        print(f"resumed on {world} processes, was {start['world']}: a step is now {per_step} images, "
+    step, seen, total = saved.get("step", 0), saved.get("seen", 0), saved.get("total", steps * per_step)
+    if saved and saved["world"] != world and rank == 0:
+        print(f"resumed on {world} processes, was {saved['world']}: a step is now {per_step} images, "
               f"L_clip contrasts over {args.batch_size * world}", file=sys.stderr)
 
     # ---- optimiser
     optimizer = torch.optim.AdamW(parameter_groups(model, args.wd), betas=(0.9, 0.98), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    parts = dict(model=model, optimizer=optimizer, scaler=scaler)
     if saved:
-        run.restore(saved, model=model, optimizer=optimizer, scaler=scaler)
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+        except (RuntimeError, ValueError) as error:
+            raise data.InputError(f"--out {folder} holds a run of another model: {error}") from error
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
     # ---- what is done between steps
     received = []  # numbers of signals
     receive = lambda number, _: received.append(number)
+    benches = ["scenes"] if args.data == "scenes" else evaluation.present(args.root)
+    benches += [args.val] if args.val else []
 
     def save(evaluate):
         if rank == 0:
-            config = model.clip.config.to_json_string(use_diff=False)
-            run.save(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                     config=config, step=step, seen=seen, total=total, world=world, evaluate=evaluate)
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= dict(args=vars(args), step=step, seen=seen, total=total, world=world, evaluate=evaluate)
+            save_checkpoint(folder / "checkpoint.pt", state)
 
-    def run_benchmarks():
-        on_signals(signal.SIG_DFL)  # the step is saved: an evaluation may be interrupted
+    def evaluate_and_export():
+        on_signals(signal.SIG_DFL)  # the step is saved: this may be interrupted
         results = {bench: evaluation.evaluate(model, tokenizer, bench, args.root, args.columns)
                    for bench in benches}
+        if rank == 0:
+            log(args, step=step, epoch=seen / len(samples), eval=results)
+            base = "" if Path(args.model).exists() or "/" not in args.model else f"base_model: {args.model}\n"
+            try:
+                models.export(model, tokenizer, folder / "hf", base=base, table=evaluation.table(results),
+                              command=" ".join(argv or sys.argv[1:]))
+            except Exception as error:  # safetensors has its own for a full disk
+                raise data.InputError(f"{folder}/hf cannot be written: {error}") from error
         on_signals(receive)
         model.train()
-        if rank == 0:
-            run.log(step=step, epoch=seen / len(samples), eval=results)
         return results
 
     def crosses(epochs):
         length = epochs * len(samples)
         return seen // length > (seen - per_step) // length
 
-    benches = ["scenes"] if args.data == "scenes" else evaluation.present(args.root)
-    benches += [args.val] if args.val else []
     if rank == 0:
         if not benches:
             print(f"nothing will be measured: no --val, no benchmark under {args.root}", file=sys.stderr)
-        run.folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.save_pretrained(run.folder)
+        folder.mkdir(parents=True, exist_ok=True)
     if not saved:
         save(evaluate=True)
+    # before the first step too: what is broken in a benchmark shows at once
+    results = evaluate_and_export() if saved.get("evaluate", True) else {}
     del saved  # as large as model and optimiser
     on_signals(receive)
-    # before the first step too: what is broken in a benchmark shows at once
-    results = run_benchmarks() if start["evaluate"] else {}
 
     # ---- the loop
     left = math.ceil((total - seen) / per_step)
     order = data.batches(len(samples), args.batch_size, seen, seen + left * per_step, rank, world, args.seed)
-    collate = partial(data.collate, tokenizer=tokenizer, pack=models.pack)
+    collate = partial(data.collate, tokenizer=tokenizer, pack=models.pack, captions_only=args.cal == "none")
     loader = DataLoader(samples, batch_sampler=order, num_workers=args.workers, collate_fn=collate,
                         worker_init_fn=outlive_signals, pin_memory=device.type == "cuda")
     warmup = int(args.warmup * len(samples) / per_step)
@@ -361,7 +331,11 @@ def main(argv=None):
     bad, skipped, clock, logged = 0, 0, time.perf_counter(), seen
     with contextlib.closing(device_batches(loader, device)) as batches:  # closed, its processes end
         while seen < total:
-            lr, lr_pooler = set_learning_rates(optimizer, seen / per_step, total / per_step, warmup, args)
+            now, end = seen / per_step, total / per_step  # in steps
+            lr = cosine(now, end, args.lr, 1e-2 * args.lr, warmup, 1e-4 * args.lr)
+            lr_pooler = cosine(now, end, args.lr_pooler, 0.1 * args.lr_pooler)
+            for group in optimizer.param_groups:
+                group["lr"] = lr if group["part"] == "backbone" else lr_pooler
             losses, norm, finite = train_step(net, batches, optimizer, scaler, args)
             step, seen = step + 1, seen + per_step
             bar.update()
@@ -380,36 +354,29 @@ def main(argv=None):
                 speed = (seen - logged) / (time.perf_counter() - clock)
                 clock, logged = time.perf_counter(), seen
                 bar.set_postfix_str(f"L_clip {l_clip:.3f} β-CAL {l_cal:.3f} lr {lr:.1e} {speed:.0f} img/s")
-                run.log(step=step, epoch=seen / len(samples), l_clip=l_clip, l_cal=l_cal,
-                        loss=l_clip + args.cal_weight * l_cal, scale=model.clip.logit_scale.exp().item(),
-                        pooler_scale=model.pooler.logit_scale.exp().item(), lr=lr, lr_pooler=lr_pooler,
-                        grad_norm=norm.item(), skipped=skipped, images_per_s=speed,
-                        peak_gib=torch.cuda.max_memory_allocated() / 2**30)
+                log(args, step=step, epoch=seen / len(samples), l_clip=l_clip, l_cal=l_cal,
+                    loss=l_clip + args.cal_weight * l_cal, scale=model.clip.logit_scale.exp().item(),
+                    pooler_scale=model.pooler.logit_scale.exp().item(), lr=lr, lr_pooler=lr_pooler,
+                    grad_norm=norm.item(), skipped=skipped, images_per_s=speed,
+                    peak_gib=torch.cuda.max_memory_allocated() / 2**30)
 
             evaluate = last or crosses(args.eval_every)
             if (evaluate or stop or step % args.save_every == 0 or crosses(1)) and not bad:
                 save(evaluate)
-            if stop and rank == 0:
-                name = signal.Signals(stop.item()).name
-                print(f"{name}: stopped after step {step}; the same command resumes", file=sys.stderr)
             if stop:
+                name = signal.Signals(stop.item()).name
+                tqdm.write(f"{name}: stopped after step {step}; the same command resumes", file=sys.stderr)
                 raise SystemExit(128 + stop.item())
             if evaluate:
-                results = run_benchmarks()
+                results = evaluate_and_export()
                 clock, logged = time.perf_counter(), seen
     bar.close()
     on_signals(signal.SIG_DFL)
-
-    # ---- the table
     if rank == 0:
-        base = "" if Path(args.model).exists() or "/" not in args.model else f"base_model: {args.model}\n"
-        models.export(model, tokenizer, run.folder / "hf", card=dict(
-            base=base, command=" ".join(argv or sys.argv[1:]), table=evaluation.table(results)))
-        Path(run.folder, "eval.json").write_text(json.dumps(results, indent=1) + "\n")
-        print(f"{run.folder}\n{evaluation.HEADER}\n{evaluation.table(results)}")
+        Path(folder, "eval.json").write_text(json.dumps(results, indent=1) + "\n")
+        print(f"{folder}\n{evaluation.HEADER}\n{evaluation.table(results)}")
     if world > 1:
         dist.barrier()  # hf/ is there for all
-
 
 if __name__ == "__main__":
     main()

@@ -35,7 +35,7 @@ def test_the_tokenizer_is_always_the_same_with_one_token_a_word_and_long_caption
     code = "import data; print(sorted(data.scenes_tokenizer().get_vocab().items()))"
     other = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
     assert other.strip() == str(sorted(tokenizer.get_vocab().items()))
-    samples = data.Scenes(data.SIZE, data.QuerySettings(phrases=8))
+    samples = data.Scenes(data.SIZE)
     for index in range(100):
         texts = [text for text, _ in samples[0, index][1]] + data.describe(data.scene("test", index))[0]
         ids = data.tokenize(tokenizer, texts, [999] * len(texts))
@@ -65,8 +65,8 @@ def test_queries_of_a_draw():
     assert len({*draw(6, 5)}) == 5 and {*draw(6, 5)} < {*range(6)} and draw(6, 5) != sorted(draw(6, 5))
     assert draw(5, 5) == [0, 1, 2, 3, 4] and len(draw(9, 0)) == 5  # all, in order; a caption needs some
     rest = [("s2", "sentence"), ("s1", "sentence"), ("p1", "phrase"), ("p2", "phrase")]
-    for settings, part in [((0, 2), rest[2:]), ((2, 0), rest[:2]), ((2, 2), rest), ((2, 2, True), [])]:
-        queries = data.make_queries(["s2", "s1"], ["p1", "p2", "p3"], data.QuerySettings(*settings))
+    for settings, part in [((0, 2), rest[2:]), ((2, 0), rest[:2]), ((2, 2), rest)]:
+        queries = data.make_queries(["s2", "s1"], ["p1", "p2", "p3"], settings)
         assert queries == [("s2. s1", "caption"), *part]
 
 

@@ -118,7 +118,7 @@ for flags in sys.argv[1:]:
         run(tmp_path / name, f"{more} --max-steps 3 --batch-size 16")
         runs = tmp_path / name, tmp_path / f"{name}-2"
         losses = [[(line["l_clip"], line["l_cal"]) for line in log(out)] for out in runs]
-        moments = [models.read(out / "checkpoint.pt")["optimizer"]["state"] for out in runs]  # Adam's
+        moments = [models.read(out / "checkpoint.pt", "optimizer")["optimizer"]["state"] for out in runs]  # Adam's
         torch.testing.assert_close(*losses, atol=1e-5, rtol=0)
         torch.testing.assert_close(*moments, atol=1e-5, rtol=0)
 
@@ -149,7 +149,7 @@ def test_the_scenes_start_from_a_base_that_is_trained_once(tmp_path, quick, monk
         run(tmp_path / name, "--lr 0", "base")
         assert changed(models.load(base), models.load(tmp_path / name)) == {"pooler"}
         assert len((base / "log.jsonl").read_text().splitlines()) == 3  # a step between two evaluations
-    arguments = models.read(base / "checkpoint.pt")["args"]
+    arguments = models.read(base / "checkpoint.pt", "args")["args"]
     assert (arguments["cal"], arguments["sentences"], arguments["model"]) == ("none", 1, "scratch")
 
 

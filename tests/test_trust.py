@@ -102,7 +102,7 @@ def test_the_seed_makes_the_run(tmp_path):
     assert kill.lines(tmp_path / "a") == kill.lines(tmp_path / "b") != kill.lines(tmp_path / "c")
 
 
-@pytest.mark.parametrize("amp, skipped", [("off", [3, 4]), ("fp16", [1, 2, 3, 4])])  # two to find a scale
+@pytest.mark.parametrize("amp, skipped", [("off", [3, 4]), ("fp16", [1, 3, 4])])  # the first finds a scale
 def test_bad_steps_change_nothing_and_are_counted(tmp_path, monkeypatch, amp, skipped):
     change(monkeypatch, train, "beta_cal", [3, 4], lambda loss: loss * torch.nan)
     run(tmp_path, f"--max-steps 7 --eval-every 0.00005 --amp {amp}")
@@ -131,7 +131,7 @@ def test_max_norm_limits_the_gradient(tmp_path):
 
 
 def test_a_full_disk_leaves_what_was_saved_before(tmp_path, refused):
-    mount = ["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", tmp_path]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", tmp_path]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("may not mount a file system")
     try:  # the first checkpoint fits, one with Adam's moments does not
