@@ -350,10 +350,10 @@ def load_tokenizer(source, model):
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
-def export(model, tokenizer, folder, **card):
+def export(model, tokenizer, folder, base="", command="", table=""):
     """Write a folder that stock transformers load, with 248 text positions; a trained pooler lies beside.
 
-    card: base, command and table (str), what README.md, its page on the hub, says of it
+    Its README.md, a page for the hub, names the model's base, train.py's arguments, and a table of scores.
     """
     state, name = model.clip.state_dict(), "text_model.embeddings.position_embedding."
     state[name + "weight"] = torch.cat([state.pop(name + "frozen"), state.pop(name + "learned")])
@@ -363,6 +363,6 @@ def export(model, tokenizer, folder, **card):
     CLIPProcessor(images, tokenizer).save_pretrained(folder)
     if model.has_trained_pooler:
         save_file(model.pooler.state_dict(), Path(folder) / "pooler.safetensors")
-    if card:
-        template = Path(__file__).with_name(".github") / "model_card.md"
-        Path(folder, "README.md").write_text(template.read_text().format(folder=folder, **card))
+    card = Path(__file__).with_name(".github").joinpath("model_card.md").read_text()
+    base = f"base_model: {base}\n" if "/" in base and not Path(base).exists() else ""
+    Path(folder, "README.md").write_text(card.format(folder=folder, base=base, command=command, table=table))

@@ -9,9 +9,8 @@
 The scenes start from a small CLIP, as the paper starts from OpenAI's. No hub has it, so the first run trains
 it, in runs/base: on single sentences, as OpenAI's saw short captions, and without β-CAL.
 
-A run lives in its folder, --out, which all nodes share: checkpoint.pt, log.jsonl, the tokenizer, and at the
-end eval.json and hf/, a model for stock transformers. Started again with the same arguments, it resumes from
-its checkpoint, on as many processes as there are then. SIGTERM and SIGINT let it finish the step, save, exit.
+A run's folder, --out, which all nodes share, holds checkpoint.pt, log.jsonl, eval.json, and hf/, the model for
+stock transformers. The same command resumes a run, on as many processes as there are then.
 """
 
 import collections
@@ -45,7 +44,7 @@ BASE = "runs/base"
 BASE_ARGUMENTS = f"--model scratch --cal none --sentences 1 --epochs 0.64 --out {BASE}".split()
 LOG_EVERY = 10  # steps
 BAD_STEPS = 3   # steps in a row whose gradient is not finite end a run
-MAY_CHANGE_ON_RESUME = {"out", "root", "val", "workers", "save_every", "eval_every", "grad_checkpointing",
+MAY_CHANGE_ON_RESUME = {"command", "out", "root", "val", "workers", "save_every", "eval_every", "grad_checkpointing",
                         "compile"}
 
 def arguments(argv=None):
@@ -84,6 +83,7 @@ def arguments(argv=None):
     known, _ = parser.parse_known_args(argv)
     parser.set_defaults(**(SCENES if known.data == "scenes" else RECIPE))
     args = parser.parse_args(argv)
+    args.command = " ".join(sys.argv[1:] if argv is None else argv)
 
     may_be_zero = {"beta", "cal_weight", "sentences", "phrases", "lr", "lr_pooler", "wd", "workers", "seed"}
     for name, value in vars(args).items():
@@ -210,13 +210,13 @@ def on_signals(handler):
 
 def outlive_signals(_):
     """In a loader's process: a signal may go to all processes, and the step that ends needs its batches."""
-    on_signals(lambda *_: signal.alarm(60))
+    on_signals(signal.SIG_IGN)
 
 # ------------------------------------------------------------------------------------------------ main
 
 def build(args):
     """The model, its tokenizer and the samples that `args` name."""
-    source = f"{BASE}/hf" if args.model == "base" else args.model
+    source = BASE if args.model == "base" else args.model
     if source == "scratch":
         tokenizer = data.scenes_tokenizer()
         model = models.from_scratch(tokenizer, args.size or data.SIZE)
@@ -241,6 +241,19 @@ def build(args):
     file = Path(args.root, data.SHAREGPT4V) if args.data == "sharegpt4v" else args.data
     return model, tokenizer, data.Captions(file, args.root, model.image_size, *queries, args.columns)
 
+def evaluate_and_export(model, tokenizer, benches, args, **position):
+    """Measure, log, and write hf/, a model for stock transformers -> {bench: {metric: per cent}}."""
+    results = {bench: evaluation.evaluate(model, tokenizer, bench, args.root, args.columns) for bench in benches}
+    model.train()
+    if evaluation.is_main():
+        log(args, **position, eval=results)
+        try:
+            models.export(model, tokenizer, Path(args.out, "hf"), command=args.command,
+                          base=args.model, table=evaluation.table(results))
+        except Exception as error:  # safetensors has its own for a full disk
+            raise data.InputError(f"{args.out}/hf cannot be written: {error}") from error
+    return results
+
 @data.user_errors()
 def main(argv=None):
     args = arguments(argv)
@@ -250,10 +263,14 @@ def main(argv=None):
     if args.model == "base" and not Path(BASE, "eval.json").is_file():  # which is written last
         main(BASE_ARGUMENTS)
     torch.manual_seed(args.seed)  # the same on every rank
-    (rank, world), folder = evaluation.rank_and_world(), Path(args.out)
-    saved = load_checkpoint(folder / "checkpoint.pt", args)
+    (rank, world), checkpoint = evaluation.rank_and_world(), Path(args.out, "checkpoint.pt")
+    saved = load_checkpoint(checkpoint, args)
     model, tokenizer, samples = build(args)
     model.to(device)
+    benches = ["scenes"] if args.data == "scenes" else evaluation.present(args.root)
+    benches += [args.val] if args.val else []
+    if rank == 0 and not benches:
+        print(f"nothing will be measured: no --val, no benchmark under {args.root}", file=sys.stderr)
 
     # ---- positions are in images seen, so that the number of processes may change
     per_step = args.batch_size * world * args.accum
@@ -269,56 +286,39 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(parameter_groups(model, args.wd), betas=(0.9, 0.98), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     parts = dict(model=model, optimizer=optimizer, scaler=scaler)
-    if saved:
-        try:
-            for name, part in parts.items():
-                part.load_state_dict(saved[name])
-        except (RuntimeError, ValueError) as error:
-            raise data.InputError(f"--out {folder} holds a run of another model: {error}") from error
+    try:
+        for name, part in parts.items() if saved else ():
+            part.load_state_dict(saved[name])
+    except (RuntimeError, ValueError) as error:
+        raise data.InputError(f"--out {args.out} holds a run of another model: {error}") from error
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
     # ---- what is done between steps
-    received = []  # numbers of signals
-    receive = lambda number, _: received.append(number)
-    benches = ["scenes"] if args.data == "scenes" else evaluation.present(args.root)
-    benches += [args.val] if args.val else []
-
     def save(evaluate):
         if rank == 0:
             state = {name: part.state_dict() for name, part in parts.items()}
-            state |= dict(args=vars(args), step=step, seen=seen, total=total, world=world, evaluate=evaluate)
-            save_checkpoint(folder / "checkpoint.pt", state)
+            save_checkpoint(checkpoint, state | dict(args=vars(args), step=step, seen=seen, total=total,
+                                                     world=world, evaluate=evaluate))
 
-    def evaluate_and_export():
+    def run_benchmarks():
         on_signals(signal.SIG_DFL)  # the step is saved: this may be interrupted
-        results = {bench: evaluation.evaluate(model, tokenizer, bench, args.root, args.columns)
-                   for bench in benches}
-        if rank == 0:
-            log(args, step=step, epoch=seen / len(samples), eval=results)
-            base = "" if Path(args.model).exists() or "/" not in args.model else f"base_model: {args.model}\n"
-            try:
-                models.export(model, tokenizer, folder / "hf", base=base, table=evaluation.table(results),
-                              command=" ".join(argv or sys.argv[1:]))
-            except Exception as error:  # safetensors has its own for a full disk
-                raise data.InputError(f"{folder}/hf cannot be written: {error}") from error
+        results = evaluate_and_export(model, tokenizer, benches, args, step=step, epoch=seen / len(samples))
         on_signals(receive)
-        model.train()
         return results
 
     def crosses(epochs):
         length = epochs * len(samples)
         return seen // length > (seen - per_step) // length
 
-    if rank == 0:
-        if not benches:
-            print(f"nothing will be measured: no --val, no benchmark under {args.root}", file=sys.stderr)
-        folder.mkdir(parents=True, exist_ok=True)
-    if not saved:
-        save(evaluate=True)
-    # before the first step too: what is broken in a benchmark shows at once
-    results = evaluate_and_export() if saved.get("evaluate", True) else {}
-    del saved  # as large as model and optimiser
+    received, evaluate = [], saved.get("evaluate", True)
+    receive = lambda number, _: received.append(number)
     on_signals(receive)
+    if not saved:
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        save(evaluate)
+    del saved  # as large as model and optimiser
+    # before the first step too: what is broken in a benchmark shows at once
+    results = run_benchmarks() if evaluate else {}
 
     # ---- the loop
     left = math.ceil((total - seen) / per_step)
@@ -345,9 +345,9 @@ def main(argv=None):
                 dist.all_reduce(stop, dist.ReduceOp.MAX)  # a signal may reach one rank alone
             skipped += not finite
             bad = 0 if finite or scaler.is_enabled() else bad + 1
-            if step % LOG_EVERY == 0 or last or bad:
+            if step % LOG_EVERY == 0 or last or bad == BAD_STEPS:
                 l_clip, l_cal = evaluation.sum_over_ranks(losses.mean(0) / world).tolist()
-            if bad == BAD_STEPS or bad and last:
+            if bad == BAD_STEPS:
                 raise data.InputError(f"step {step}: the gradient is not finite, {bad} steps in a row "
                                       f"(L_clip {l_clip:g}, β-CAL {l_cal:g}): try a lower --lr")
             if rank == 0 and (step % LOG_EVERY == 0 or last):
@@ -361,20 +361,20 @@ def main(argv=None):
                     peak_gib=torch.cuda.max_memory_allocated() / 2**30)
 
             evaluate = last or crosses(args.eval_every)
-            if (evaluate or stop or step % args.save_every == 0 or crosses(1)) and not bad:
+            if evaluate or stop or step % args.save_every == 0 or crosses(1):
                 save(evaluate)
             if stop:
                 name = signal.Signals(stop.item()).name
                 tqdm.write(f"{name}: stopped after step {step}; the same command resumes", file=sys.stderr)
                 raise SystemExit(128 + stop.item())
             if evaluate:
-                results = evaluate_and_export()
+                results = run_benchmarks()
                 clock, logged = time.perf_counter(), seen
     bar.close()
     on_signals(signal.SIG_DFL)
     if rank == 0:
-        Path(folder, "eval.json").write_text(json.dumps(results, indent=1) + "\n")
-        print(f"{folder}\n{evaluation.HEADER}\n{evaluation.table(results)}")
+        Path(args.out, "eval.json").write_text(json.dumps(results, indent=1) + "\n")
+        print(f"{args.out}\n{evaluation.HEADER}\n{evaluation.table(results)}")
     if world > 1:
         dist.barrier()  # hf/ is there for all
 
