@@ -53,7 +53,6 @@ def argument_parser(description):
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
 
 # ---------------------------------------------------------------------------------- captions to queries
-
 def clean(caption):
     """A caption without what captioners repeat: runs of the same characters, and of the same word."""
     caption = caption.replace("\n", " ")
@@ -133,12 +132,10 @@ def make_queries(sentences, phrases, counts):
     return queries + [(phrase, "phrase") for phrase in phrases[:counts[1]]]
 
 # ------------------------------------------------------------------------ captions and images on disk
-
 def read_rows(source, columns=None, splits=("train",)):
-    """What `datasets.load_dataset` reads -> datasets.Dataset, the names of its image and caption columns.
+    """A JSON, JSON lines or parquet file (or a glob), a folder, a hub name -> datasets.Dataset, its columns.
 
-    source:  a JSON, JSON lines or parquet file (or a glob), a folder, a hub name
-    columns: the names, if not "image,caption" (or ShareGPT4V's "image,conversations")
+    columns: of images and captions, if not "image,caption" (or ShareGPT4V's "image,conversations")
     splits:  the split to take is the first of these that is there, or else any
     Images in the rows stay undecoded. Raises InputError.
     """
@@ -177,7 +174,6 @@ def captions_of(value):
 
 def split_captions(batch, indices, column, with_phrases):
     """Columns of rows -> row (index), sentences ([C][S] str), phrases ([C][S][kind] lists), C captions a row.
-
     Rows without a caption are left out. Phrases that a row brings go with each of its sentences.
     """
     kept = []
@@ -247,7 +243,6 @@ class Captions:
         return pixels, make_queries(sentences, phrases, self.counts), unreadable
 
 # ----------------------------------------------------------------------------------------------- images
-
 UNREADABLE = (OSError, ValueError, TypeError, AttributeError, SyntaxError, RuntimeError,
               Image.DecompressionBombError)  # what PIL raises of images, and Python of none
 
@@ -294,7 +289,6 @@ def normalize(pixels):
     return (pixels.float() / 255 - mean) / std
 
 # ----------------------------------------------------------------------------------- samples to batches
-
 QUOTES = str.maketrans("’‘“”", "''\"\"")  # OpenAI's tokenizer straightens them, Hugging Face's does not
 
 def tokenize(tokenizer, texts, limits=itertools.repeat(TOKEN_LIMITS["caption"])):
@@ -309,7 +303,7 @@ class Batch(NamedTuple):
     """B images and their N queries."""
     pixels: torch.Tensor    # [B, 3, H, W] uint8
     texts: tuple            # the queries' tokens, as `pack` lays them out
-    owner: torch.Tensor     # [N] the image of each query, sorted; it stays on the CPU, where the host reads it
+    owner: torch.Tensor     # [N] the image of each query, sorted; stays on the CPU, where the host reads it
     level: torch.Tensor     # [N] the level of each query, as in LEVELS
     captions: torch.Tensor  # [B] the row of each image's caption
     unreadable: list        # names of images, and why
@@ -341,8 +335,7 @@ def batches(size, batch, start, stop, rank=0, world=1, seed=0):
     """The batches of one rank, lists of (epoch, index): images `start` to `stop` of the stream.
 
     All ranks walk one endless stream: the data set shuffled once an epoch, epoch after epoch. A micro-step
-    takes the next `world` x `batch` of it. So each sample is drawn once an epoch, no tail is dropped, and a
-    step's samples follow from the number of images seen before.
+    takes the next `world` x `batch` of it, so its samples follow from the number of images seen before.
     """
     epoch = None
     for first in range(start + rank * batch, stop, world * batch):
@@ -355,7 +348,6 @@ def batches(size, batch, start, stop, rank=0, world=1, seed=0):
         yield samples
 
 # ----------------------------------------------------------------------------------------------- scenes
-
 # Made so that a small model learns them in minutes: each attribute fills patches of its own, and there are
 # 3,456 different objects, so that a full description is seldom twice in a batch, a false negative.
 SIZE, CARD = 64, 29  # pixels of a picture's side, of which a quarter holds a card, and of the card's
@@ -445,10 +437,9 @@ def draw(scene):
     return image
 
 def scene_boxes(split):
-    """FG-OVD's protocol on the objects of the original scenes of a split.
-
-    Returns a list of dicts: `image` (index into the originals), `box` (x, y, w, h) in pixels, and, for each
-    of hard, medium, easy and trivial, 11 expressions, the positive first.
+    """FG-OVD's protocol on the objects of a split's original scenes -> dicts: `image` (which of them),
+    `box` (x, y, w, h) in pixels, and for each of hard, medium, easy, trivial a list of 11 expressions, the
+    positive first.
     """
     rows, count = [], SPLITS[split] // SIBLINGS
     originals = [scene(split, group * SIBLINGS)["objects"] for group in range(count)]

@@ -37,7 +37,6 @@ TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a close-up photo of a {}
              "a photo of a large {}.")  # prompts of a class name, whose mean stands for the class
 
 # ---------------------------------------------------------------------------------------------- metrics
-
 def recall(similarity, owner, ks=(1, 5, 10)):
     """R@k in per cent, text to image and image to text.
 
@@ -69,7 +68,6 @@ def box_embeddings(patches, boxes, image):
     return F.normalize(regions.flatten(1), dim=-1)
 
 # -------------------------------------------------------------------------------------------- processes
-
 def init_processes():
     """Join the processes that torchrun started, if it did -> this process's device, a GPU or the CPU."""
     device = torch.device("cpu")
@@ -103,14 +101,13 @@ def sum_over_ranks(rows):
     return rows
 
 # --------------------------------------------------------------------------------------------- encoding
-
 def embed_texts(model, tokenizer, texts):
     """Texts (list of N str) -> [N, D], normalised. Each distinct text is encoded once."""
     distinct = sorted(set(texts), key=lambda text: (len(text), text))
-    rows = torch.zeros(len(distinct), model.dim, device=model.device)
+    rows = torch.zeros(len(distinct), model.dim, device=model.clip.device)
     for part in shards(len(distinct)):
         ids = data.tokenize(tokenizer, [distinct[i] for i in part], [model.context] * len(part))
-        rows[part] = model.encode_text(models.pack(ids).to(model.device))
+        rows[part] = model.encode_text(models.pack(ids).to(model.clip.device))
     number = {text: i for i, text in enumerate(distinct)}
     return F.normalize(sum_over_ranks(rows), dim=-1)[[number[text] for text in texts]]
 
@@ -129,35 +126,34 @@ def encode_images(model, load, items, whole=False):
         for number, part in enumerate(tqdm(parts, desc="images", disable=len(parts) < 8 or not is_main())):
             sizes, pixels = zip(*ahead.pop())
             ahead += [pool.map(read, part) for part in parts[number + 1:number + 2]]
-            pixels = data.normalize(torch.stack(pixels).to(model.device))
-            yield list(part), torch.tensor(sizes, device=model.device), *model.encode_image(pixels)
+            pixels = data.normalize(torch.stack(pixels).to(model.clip.device))
+            yield list(part), torch.tensor(sizes, device=model.clip.device), *model.encode_image(pixels)
 
 def embed_images(model, load, items):
     """The CLS of images -> [I, D], normalised."""
-    images = torch.zeros(len(items), model.dim, device=model.device)
+    images = torch.zeros(len(items), model.dim, device=model.clip.device)
     for part, _, cls, _ in encode_images(model, load, items):
         images[part] = F.normalize(cls, dim=-1)
     return sum_over_ranks(images)
 
 # -------------------------------------------------------------------------------------------- protocols
-
 def retrieval(model, tokenizer, load, items, texts, owner):
     """R@k over a whole set, CLS against EOS. owner (list): each text's place in `items`."""
     similarity = embed_texts(model, tokenizer, texts) @ embed_images(model, load, items).T   # [T, I]
-    return recall(similarity, torch.tensor(owner, device=model.device))
+    return recall(similarity, torch.tensor(owner, device=model.clip.device))
 
 def fine_grained(model, tokenizer, load, items, splits):
     """FG-OVD: each image and each expression is encoded once for all splits -> {split: accuracy in per cent}.
 
     splits: {split: [(place in items, box (x, y, w, h) in pixels, [positive, *negatives])]}
     """
-    rows = [row for split in splits.values() for row in split]
-    boxes = torch.tensor([box for _, box, _ in rows], dtype=torch.float32, device=model.device)   # [R, 4]
-    regions = torch.zeros(len(rows), model.dim, device=model.device)
+    rows, device = [row for split in splits.values() for row in split], model.clip.device
+    boxes = torch.tensor([box for _, box, _ in rows], dtype=torch.float, device=device)           # [R, 4]
+    regions = torch.zeros(len(rows), model.dim, device=device)
     for part, sizes, _, patches in encode_images(model, load, items, whole=True):
         number = {place: i for i, place in enumerate(part)}
         own = [i for i, (place, _, _) in enumerate(rows) if place in number]
-        image = torch.tensor([number[rows[i][0]] for i in own], device=model.device)
+        image = torch.tensor([number[rows[i][0]] for i in own], device=device)
         regions[own] = box_embeddings(patches, boxes[own] / sizes[image].repeat(1, 2), image)
     regions = sum_over_ranks(regions)                                                 # [R, D]
     for i in (regions.norm(dim=1) == 0).nonzero()[:1, 0].tolist():  # which would tie, and so hit
@@ -175,7 +171,7 @@ def pointing(model, tokenizer, images, descriptions):
     descriptions: of the four quarters of each image, in the order of data.PLACES, one flat list
     """
     texts = embed_texts(model, tokenizer, descriptions).unflatten(0, (-1, 4))         # [I, 4, D]
-    found = torch.zeros(len(images), device=model.device)
+    found = torch.zeros(len(images), device=model.clip.device)
     for part, _, _, patches in encode_images(model, data.draw, images):
         heat = texts[part] @ F.normalize(patches, dim=-1).transpose(1, 2)             # [b, 4, P]
         half = int(heat.shape[2] ** 0.5) // 2
@@ -195,7 +191,7 @@ def zero_shot(model, tokenizer, dataset):
         return image
 
     scores = embed_images(model, load, range(len(dataset))) @ prompts.T               # [I, C]
-    own = scores.gather(1, sum_over_ranks(torch.from_numpy(label)).to(model.device)[:, None])
+    own = scores.gather(1, sum_over_ranks(torch.from_numpy(label)).to(model.clip.device)[:, None])
     rank = (~(scores < own)).sum(1) - 1                                               # ties count against
     return {f"top-{k}": 100 * (rank < k).double().mean().item() for k in (1, 5)}
 
@@ -210,7 +206,6 @@ def scenes(model, tokenizer, split="test"):
     return scores | retrieval(model, tokenizer, data.draw, drawn, captions, range(len(drawn)))
 
 # ------------------------------------- readers: each yields (image, captions), an image by its name in root
-
 def urban1k(root):
     if not (root / "Urban1k").exists():
         try:
@@ -264,7 +259,6 @@ def fgovd(root, split):
         yield row["img_path"], (x, y, w, h), expressions
 
 # ------------------------------------------------------------------------------------------- benchmarks
-
 URBAN1K = "https://huggingface.co/datasets/BeichenZhang/Urban1k/resolve/main/Urban1k.zip"
 RETRIEVAL = {  # what lies under --root, its reader, the number of images
     "urban1k": ("Urban1k", urban1k, 1000),
@@ -359,13 +353,12 @@ def table(results):
     return "\n".join(line.rstrip() for line in lines)
 
 # --------------------------------------------------------------------------------------------- heatmaps
-
 TILE, LABEL = 320, 90  # pixels: a tile's side, the height of the label below it
 
 @torch.inference_mode()
 def heatmaps(model, tokenizer, image, queries):
     """{kind: maps [Q, side, side]} of an image: patches' cosines with each query, the pooler's attention."""
-    pixels = data.to_pixels(image, model.image_size, whole=True)[None].to(model.device)
+    pixels = data.to_pixels(image, model.image_size, whole=True)[None].to(model.clip.device)
     patches = F.normalize(model.encode_image(data.normalize(pixels))[1], dim=-1)      # [1, P, D]
     texts = embed_texts(model, tokenizer, queries)[None]                              # [1, Q, D]
     maps = {"cosine of patches": texts @ patches.transpose(1, 2)}                     # [1, Q, P]
@@ -391,7 +384,7 @@ def tile(image, label, heat=None):
     return np.asarray(sheet)
 
 def draw_heatmaps(loaded, name, queries):
-    """loaded: {source: (model, tokenizer)}; name: an image's, or scene:40. A row per model and kind of map."""
+    """loaded: {source: (model, tokenizer)}; name: an image's, or scene:40 -> a row per model and kind."""
     index = name.removeprefix("scene:")
     image = (data.draw(data.scene("test", int(index))) if index.isdigit()
              else open_image({"bytes": None, "path": name}, root="."))
@@ -403,7 +396,6 @@ def draw_heatmaps(loaded, name, queries):
     return Image.fromarray(np.vstack(rows))
 
 # ------------------------------------------------------------------------------------------------- main
-
 def load(source, size=None):
     """A model and its tokenizer. Raises InputError."""
     try:

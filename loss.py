@@ -1,8 +1,7 @@
 """The two losses of β-CLIP, as pure functions (paper, section 3).
 
-Embeddings come in raw and are L2-normalised here, in float32. The queries of a batch are the rows of one flat
-list, and `owner` names the image of each, so there is no padding. Similarities are computed in tiles of rows,
-which are recomputed in the backward pass, so no [N, N] matrix is kept.
+Embeddings come in raw and are L2-normalised here, in float32. Queries are the rows of one flat list, without
+padding. Similarities are computed in tiles of rows, and again in the backward pass: no [N, N] matrix is kept.
 
 With W processes (ranks), each compares its own rows with the columns of all ranks, 1/W of the work. The mean
 over ranks of the value and of its gradients, as DDP takes it, is that of one process with the whole batch: of
@@ -17,10 +16,7 @@ from torch.utils.checkpoint import checkpoint
 TILE = 512  # rows of the similarity matrix that exist at a time
 
 def clip_loss(image, text, scale):
-    """Symmetric InfoNCE between the rows of image and text [B, D], over the batch of all ranks -> scalar.
-
-    scale: exp(logit scale)
-    """
+    """Symmetric InfoNCE of image and text [B, D], times exp(logit scale), over all ranks' batch -> scalar."""
     v, t = scale * unit(image), unit(text)
     counts = gather(torch.tensor([len(t)])).tolist()                 # rows of each rank
     over_texts, over_images = log_sum_exps(v, t, counts)             # [B], [B]
@@ -45,10 +41,10 @@ def beta_cal(visual, text, owner, scale, beta, kind="ce", global_negatives=False
     own = (v * t).sum(1)                                             # [N] s v_i · t_i
 
     if kind == "bce":
-        # all pairs as negatives, then what siblings and each query itself make of theirs
-        total = softplus_sum(v, t, counts) + siblings(v, t, owner, sizes, beta)
-        total = total + (1 - beta) * F.softplus(-own).sum()          # w_ii = 1
-        return ranks * total / (images.sum() * most.max()) ** 2      # (B K)²
+        columns = gather_rows(t, counts)                             # [N, D] of all ranks
+        negatives = sum(in_tiles(lambda rows: F.softplus(rows @ columns.T).sum(), v))
+        positives = siblings(v, t, owner, sizes, beta) + (1 - beta) * F.softplus(-own).sum()  # w_ii = 1
+        return ranks * (negatives + positives) / (images.sum() * most.max()) ** 2             # (B K)²
 
     owner, sizes = owner.to(v.device, non_blocking=True), sizes.to(v, non_blocking=True)
     d = (1 + beta * (sizes - 1))[owner]                              # [N]
@@ -81,11 +77,6 @@ def log_sum_exps(v, t, counts):
     if len(counts) > 1:
         over_columns = gather(over_columns[None]).logsumexp(0).split(counts)[dist.get_rank()]
     return torch.cat(over_rows), over_columns
-
-def softplus_sum(v, t, counts):
-    """This rank's v [n, D] as negatives of all ranks' t: the sum of softplus over all pairs."""
-    columns = gather_rows(t, counts)                                 # [N, D]
-    return torch.stack(in_tiles(lambda rows: F.softplus(rows @ columns.T).sum(), v)).sum()
 
 def siblings(v, t, owner, sizes, beta):
     """What the pairs of one image cost as positives of weight β, less what they cost as negatives."""

@@ -1,9 +1,5 @@
 """β-CLIP's model: a Hugging Face CLIP, 248 text positions, a pooler of patches by text (paper, section 3).
 
-    cls, patches = model.encode_image(pixels)      # [B, D], [B, P, D]
-    text = model.encode_text(texts)                # [N, D]
-    pooled = model.pooler(text, owner, patches)    # [N, D]
-
 At test time it is a plain CLIP: `cls` against `text`. Patches serve FG-OVD, the pooler serves training.
 """
 
@@ -30,12 +26,11 @@ FROZEN_POSITIONS = 20  # the first text positions keep their values
 OPENAI = "openai/clip-vit-base-patch16"  # all of OpenAI's CLIPs share its tokenizer
 
 # ----------------------------------------------------------------------------------------------- modules
-
 def stretch_positions(weight):
     """Text positions for long captions, [77, D] -> [248, D].
 
-    The first 20 rows stay. Each other row becomes four, at 0, ¼, ½ and ¾ of the way to its right neighbour;
-    the last row has none and is extrapolated with its left difference.
+    The first 20 rows stay. Each other becomes four, at 0, ¼, ½ and ¾ of the way to its right neighbour; the
+    last has none and is extrapolated with its left difference.
     """
     rest = weight[FROZEN_POSITIONS:]                                            # [57, D]
     step = torch.cat([rest[1:] - rest[:-1], rest[-1:] - rest[-2:-1]])           # [57, D]
@@ -76,7 +71,6 @@ class PatchPooler(nn.Module):
         return out + self.mlp(self.ln(out))
 
 # ------------------------------------------------------------------------------ packed texts: no padding
-
 class PackedTexts(NamedTuple):
     """N texts for the text encoder: the n distinct ones, sorted by length, stand end to end as T tokens."""
     tokens: torch.Tensor     # [T]
@@ -147,7 +141,6 @@ def value_only_layer(layer, x):
     return x + layer.mlp(layer.layer_norm2(x))
 
 # -------------------------------------------------------------------------------------------- the model
-
 class BetaCLIP(nn.Module):
     """`clip`, whose 77 text positions become 248 (others stay), and a fresh pooler; changes `clip` itself."""
 
@@ -166,15 +159,8 @@ class BetaCLIP(nn.Module):
         self.has_trained_pooler = False
         self.image_layer, self.text_layer = image_layer, text_layer
 
-    @property
-    def device(self):
-        return self.clip.device
-
     def encode_image(self, pixels):
-        """pixels [B, 3, H, W] -> cls [B, D], the stock CLIP image embedding, patches [B, P, D]; not normalised.
-
-        In the last layer patches take the value-only path: no mixing, so each embeds its own place.
-        """
+        """pixels [B, 3, H, W] -> cls [B, D], as the stock CLIP's, patches [B, P, D]; not normalised."""
         vision = self.clip.vision_model
         x = vision.pre_layrnorm(vision.embeddings(pixels))                               # [B, 1 + P, W]
         *layers, last = vision.encoder.layers
@@ -190,7 +176,7 @@ class BetaCLIP(nn.Module):
         Equal texts are encoded once. A text's embedding is its EOS state: the last layer works for EOS alone.
         """
         if not isinstance(texts, PackedTexts):
-            texts = pack([text.tolist() for text in texts]).to(self.device)
+            texts = pack([text.tolist() for text in texts]).to(self.clip.device)
         text = self.clip.text_model
         token, position = text.embeddings.token_embedding, text.embeddings.position_embedding
         x = token(texts.tokens) + position(texts.positions)                              # [T, W]
@@ -201,10 +187,7 @@ class BetaCLIP(nn.Module):
         return self.clip.text_projection(text.final_layer_norm(x))[texts.rows]           # [N, D]
 
     def forward(self, pixels, texts, owner):
-        """A step's embeddings; `texts` are the queries of all images, `owner` [N] their images, sorted.
-
-        Returns cls [B, D], text [N, D], pooled [N, D]; pooled is None where the pooler is not trained.
-        """
+        """Images, N queries, the image of each, owner [N] -> cls [B, D], text [N, D], pooled [N, D] or None."""
         cls, patches = self.encode_image(pixels)
         text = self.encode_text(texts)
         return cls, text, self.pooler(text, owner, patches) if self.has_trained_pooler else None
@@ -214,7 +197,6 @@ class BetaCLIP(nn.Module):
         self.image_layer, self.text_layer = wrap(self.image_layer), wrap(self.text_layer)
 
 # ---------------------------------------------------------------------------------------------- loading
-
 def from_scratch(tokenizer, image_size=64):
     """A small model with random weights and `tokenizer`'s vocabulary, for the built-in scenes."""
     tower = dict(hidden_size=128, intermediate_size=512, num_attention_heads=4)
@@ -280,11 +262,11 @@ def from_authors(state_dict, heads=None):
     return model
 
 def read(path, name):
-    """The dict with a `name` in a torch file, of tensors and plain values: no pickle is executed. ValueError."""
+    """The dict in a torch file, which has `name`; no pickle is executed. Raises ValueError, OSError."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the authors' checkpoints hold one
             saved = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: saved[name], **saved}
+        return saved | {name: saved[name]}
     except OSError:
         raise
     except Exception as error:
@@ -293,9 +275,8 @@ def read(path, name):
 def load(source, heads=None, size=None):
     """A run's folder, an authors' .pt, or a Hugging Face CLIP (folder or hub name) -> BetaCLIP, on the CPU.
 
-    heads: attention heads of the authors' towers, where a head is not 64 wide
-    size:  pixels of an image's side, where not the model's own; position embeddings are resampled
-    Raises OSError where nothing is, ValueError where something else is, and what torch raises.
+    heads: of the authors' towers, where a head is not 64 wide; size: pixels of an image's side, where not the
+    model's own. Raises OSError, ValueError, and what torch and transformers raise.
     """
     if Path(source).suffix == ".pt":
         model = from_authors(read(source, "state_dict")["state_dict"], heads)
@@ -334,18 +315,14 @@ def resize_images(model, size):
     embeddings.image_size = model.clip.config.vision_config.image_size = model.image_size = size
 
 def load_tokenizer(source, model):
-    """The tokenizer of the model that `load` made of `source`; an authors' .pt has OpenAI's, maybe beside it.
-
-    Raises OSError where there is none, ValueError where it is not the model's.
-    """
+    """The tokenizer of the model that `load` made of `source`; an authors' .pt has OpenAI's, or its own."""
     source, size = run_model(source), model.clip.config.text_config.vocab_size
     if Path(source).is_file():
         folder = Path(source).parent
         source = folder if (folder / "tokenizer_config.json").is_file() else OPENAI
     tokenizer = CLIPTokenizer.from_pretrained(source)
     if not 256 < len(tokenizer) <= size:  # transformers makes an empty one where it finds no files
-        raise ValueError(f"{source} has a tokenizer of {len(tokenizer)} tokens, the model reads {size}; that "
-                         "of an authors' .pt may lie beside it")
+        raise ValueError(f"{source} has a tokenizer of {len(tokenizer)} tokens, the model one of {size}")
     tokenizer.backend_tokenizer.no_truncation()  # which may have been saved with it
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer

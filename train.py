@@ -9,7 +9,7 @@
 The scenes start from a small CLIP, as the paper starts from OpenAI's. No hub has it, so the first run trains
 it, in runs/base: on single sentences, as OpenAI's saw short captions, and without β-CAL.
 
-A run's folder, --out, which all nodes share, holds checkpoint.pt, log.jsonl, eval.json, and hf/, the model for
+A run's folder, --out, which all nodes share, holds checkpoint.pt, log.jsonl, eval.json and hf/, the model for
 stock transformers. The same command resumes a run, on as many processes as there are then.
 """
 
@@ -44,8 +44,8 @@ BASE = "runs/base"
 BASE_ARGUMENTS = f"--model scratch --cal none --sentences 1 --epochs 0.64 --out {BASE}".split()
 LOG_EVERY = 10  # steps
 BAD_STEPS = 3   # steps in a row whose gradient is not finite end a run
-MAY_CHANGE_ON_RESUME = {"command", "out", "root", "val", "workers", "save_every", "eval_every", "grad_checkpointing",
-                        "compile"}
+MAY_CHANGE_ON_RESUME = {"command", "out", "root", "val", "workers", "save_every", "eval_every",
+                        "grad_checkpointing", "compile"}
 
 def arguments(argv=None):
     """Parse and check the command line; what is not given comes from SCENES or RECIPE."""
@@ -96,7 +96,6 @@ def arguments(argv=None):
     return args
 
 # ------------------------------------------------------------------------------------------- the step
-
 def cosine(step, total, peak, end, warmup=0, start=0.0):
     """Learning rate of a step, from 0 on: `start` to `peak` in `warmup` steps, then a cosine to `end`."""
     if step < warmup:
@@ -167,7 +166,6 @@ def device_batches(loader, device):
         yield batch._replace(pixels=data.normalize(batch.pixels))
 
 # ------------------------------------------------------------------------------------ the run's folder
-
 def load_checkpoint(path, args):
     """The state that `save_checkpoint` wrote, or {}. Raises InputError where the folder holds another run."""
     if not path.is_file():
@@ -213,7 +211,6 @@ def outlive_signals(_):
     on_signals(signal.SIG_IGN)
 
 # ------------------------------------------------------------------------------------------------ main
-
 def build(args):
     """The model, its tokenizer and the samples that `args` name."""
     source = BASE if args.model == "base" else args.model
@@ -243,7 +240,8 @@ def build(args):
 
 def evaluate_and_export(model, tokenizer, benches, args, **position):
     """Measure, log, and write hf/, a model for stock transformers -> {bench: {metric: per cent}}."""
-    results = {bench: evaluation.evaluate(model, tokenizer, bench, args.root, args.columns) for bench in benches}
+    results = {bench: evaluation.evaluate(model, tokenizer, bench, args.root, args.columns)
+               for bench in benches}
     model.train()
     if evaluation.is_main():
         log(args, **position, eval=results)

@@ -44,11 +44,9 @@ ROWS = {  # name: base, flags; in the order in which they are run
     "hard, β = 1": (0, "--cal bce --beta 1"),
 }
 
-
 def folder(row, seed):
     base, flags = ROWS[row]
     return RUNS / f"base{base}-{flags.replace('--', '').replace(' ', '-')}-seed{seed}"
-
 
 def run(out, flags):
     """One training, where it is not done yet."""
@@ -61,7 +59,6 @@ def run(out, flags):
         if subprocess.run(command, cwd=ROOT, env=os.environ | threads, stdout=log, stderr=log).returncode:
             print(f"failed: see {out}.log", flush=True)
 
-
 def line(row):
     """A line of the table: mean ± standard deviation over the seeds that are done."""
     files = [folder(row, seed) / "eval.json" for seed in SEEDS]
@@ -72,7 +69,6 @@ def line(row):
         spread = f" ± {statistics.stdev(cell):.1f}" if len(cell) > 1 else ""
         cells.append(f"{statistics.mean(cell):.1f}{spread}" if cell else "")
     return f"| {row} | {len(scores)} | {' | '.join(cells)} |"
-
 
 def main():
     if "--table" not in sys.argv:
@@ -86,7 +82,6 @@ def main():
                     pool.submit(run, folder(row, seed), f"{flags} --seed {seed} --model {RUNS}/base{base}/hf")
     print(f"| setting | seeds | {' | '.join(COLUMNS.values())} |\n| --- | ---: |{' ---: |' * len(COLUMNS)}")
     print("\n".join(map(line, ROWS)))
-
 
 if __name__ == "__main__":
     main()

@@ -43,7 +43,6 @@ SIZES = {  # patch, D, width and layers of the image tower and of the text tower
     "ViT-B/16": (16, 512, (768, 12), (512, 12)), "ViT-L/14": (14, 768, (1024, 24), (768, 12)),
     "small": (16, 256, (256, 4), (256, 4)), "narrow": (112, 64, (64, 2), (64, 12))}
 
-
 def build(name, device="cpu"):
     patch, dim, *towers = SIZES[name]
     vision, text = (dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
@@ -52,7 +51,6 @@ def build(name, device="cpu"):
     model = models.BetaCLIP(CLIPModel(config)).to(device)
     model.has_trained_pooler = True
     return model
-
 
 def batch(images=64, phrases=30, seed=0):
     """The loader's batch of random images: of each a caption, five sentences, 24 to 30 phrases."""
@@ -67,7 +65,6 @@ def batch(images=64, phrases=30, seed=0):
     with mock.patch.object(data, "tokenize", lambda tokenizer, texts, limits: texts):
         return data.collate(samples, None, models.pack)
 
-
 def in_turn(repeats, *functions):
     """Median seconds of each function, called in turn, `repeats` times after a warm-up."""
     seconds = [[] for _ in functions]
@@ -79,13 +76,11 @@ def in_turn(repeats, *functions):
         own.append(time.perf_counter() - start)
     return [sorted(own[1:])[repeats // 2] for own in seconds]
 
-
 def fresh(function, *tasks):
     """The function of each task (its arguments), all at once, each in a process of its own -> list."""
     spawn = multiprocessing.get_context("spawn")
     with spawn.Pool(len(tasks), torch.set_num_threads, [torch.get_num_threads()]) as pool:
         return pool.starmap(function, tasks, chunksize=1)
-
 
 def line(what, ours="", plain="", ratio="", least=None, most=None):
     """A line of the table; `least` or `most` is the goal of its ratio."""
@@ -93,7 +88,6 @@ def line(what, ours="", plain="", ratio="", least=None, most=None):
     met = "" if not goal else "met" if (ratio >= least if least else ratio <= most) else "MISSED"
     numbers = (x if x == "" else f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in (ours, plain, ratio))
     print("{:<62}{:>8}{:>8}{:>8}  {:<9}{}".format(what, *numbers, goal, met).rstrip(), flush=True)
-
 
 def padded(model, batch):
     """Yields the embeddings of each level, padded to the longest caption, or to the longest phrase."""
@@ -103,13 +97,12 @@ def padded(model, batch):
         own, alike = batch.level == level, (batch.level == 2) == (level == 2)
         place = torch.arange(lengths[alike].max())
         ids = tokens[(starts[own, None] + place).clamp(max=len(tokens) - 1)]       # [n, L], any after EOS
-        x = text.embeddings.token_embedding(ids.to(model.device))
-        x = x + text.embeddings.position_embedding(place.to(model.device))         # [n, L, W]
+        x = text.embeddings.token_embedding(ids.to(model.clip.device))
+        x = x + text.embeddings.position_embedding(place.to(model.clip.device))         # [n, L, W]
         for layer in text.encoder.layers:
             x = layer(x, attention_mask=None, is_causal=True)
         x = text.final_layer_norm(x)[torch.arange(len(x)), lengths[own] - 1]       # [n, W]
         yield model.clip.text_projection(x)
-
 
 class Operations(TorchDispatchMode):
     total = 0
@@ -117,7 +110,6 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.total += not function.is_view
         return function(*args, **kwargs or {})
-
 
 def text(device, repeats):
     """The packed text tower: its tokens, its operations, its seconds."""
@@ -145,7 +137,6 @@ def text(device, repeats):
         ours, groups = in_turn(repeats, packed, mock.patch.object(torch.Tensor, "is_cuda", False)(packed))
         line("encode_text, varlen_attn against groups: s", ours, groups, groups / ours)
 
-
 def host(device, repeats):
     """What the host does before the text tower's first product, on a device that computes nothing."""
     model = build("narrow", "meta")
@@ -161,7 +152,6 @@ def host(device, repeats):
         seconds, = in_turn(max(20, repeats), step)
         line(f"host, loader to first product, {images} images: ms", ratio=1e3 * seconds, most=goal)
 
-
 def dense(visual, text, owner, scale, beta, kind="ce"):
     """β-CAL with its targets written out; L_clip at β = 0."""
     same = (owner[:, None] == owner).to(visual.device)                             # [N, N]
@@ -172,13 +162,11 @@ def dense(visual, text, owner, scale, beta, kind="ce"):
     target = weight / weight.sum(1, keepdim=True)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-
 def cal(device, kind, function, images=256):
     """A forward and backward pass of β-CAL, K = 36, D = 512, ready to be called."""
     inputs = [torch.randn(36 * images, 512, device=device, requires_grad=True) for _ in range(2)]
     scale, owner = torch.tensor(14.3, device=device), torch.arange(images).repeat_interleave(36)
     return lambda: torch.autograd.grad(function(*inputs, owner, scale, 0.5, kind), inputs)
-
 
 def cost(kind, function, images=256, folder=None, rank=0):
     """β-CAL in a fresh process, alone or one of four: GiB above its inputs, 10⁹ multiply-adds."""
@@ -194,7 +182,6 @@ def cost(kind, function, images=256, folder=None, rank=0):
     with FlopCounterMode(display=False) as counter:
         run()
     return extra / 2**20, counter.get_total_flops() / 2e9
-
 
 def losses(device, repeats):
     """beta_cal against `dense`; shared out; and where `dense` would need terabytes."""
@@ -213,13 +200,11 @@ def losses(device, repeats):
             seconds, = in_turn(1, cal(device, kind, loss.beta_cal, 4096))
             line("the same, N = 147,456: s, GiB", seconds, torch.cuda.max_memory_allocated() / 2**30)
 
-
 def photo(width, height):
     """A JPEG in memory, of noise about as compressible as photographs."""
     noise = Image.frombytes("RGB", (width // 4, height // 4), os.urandom(width // 4 * (height // 4) * 3))
     noise.resize((width, height)).save(file := io.BytesIO(), "JPEG", quality=90)
     return file
-
 
 def english():
     """en_core_web_sm, or an untrained pipeline of its layers and widths."""
@@ -232,7 +217,6 @@ def english():
     labels = dict(pos=["DET", "NOUN", "VERB"], heads=[1, 2, 2], deps=["det", "nsubj", "ROOT"])
     nlp.initialize(lambda: [spacy.training.Example.from_dict(nlp.make_doc("the dog runs"), labels)])
     return nlp
-
 
 def loader(device, repeats):
     """What a loader's process does: texts of samples (6 sentences, 48 phrases), JPEGs of SAM's size."""
@@ -271,7 +255,6 @@ def loader(device, repeats):
     line("a JPEG of 2250 x 1500 to 224 x 224, against decoding all: ms", draft, full, full / draft)
     line("samples/s of a core: with such images, texts alone", 1e3 / (draft + fast), 1e3 / fast)
 
-
 @torch.inference_mode()
 def regions(device, repeats):
     """FG-OVD's protocol on 40 images, with as many boxes an image, and texts a box, as there."""
@@ -284,7 +267,6 @@ def regions(device, repeats):
     ours, plain = (266 / s for s in in_turn(repeats, lambda: run(files, {"": rows}), singly))
     line("FG-OVD: boxes/s, against one at a time", ours, plain, ours / plain, least=goal)
 
-
 def trainer(device, name, *options):
     """Model, optimizer, scaler and args, for train.train_step."""
     precision = "bf16" if device == "cuda" else "off"
@@ -292,7 +274,6 @@ def trainer(device, name, *options):
     model = build(name, device).train()
     optimizer = torch.optim.AdamW(train.parameter_groups(model, args.wd), lr=1e-5, fused=True)
     return model, optimizer, torch.amp.GradScaler(device, enabled=False), args
-
 
 def plain_step(model, batch, optimizer):
     """A step as the authors do it: padded levels, full attention in the last layer, dense targets."""
@@ -308,14 +289,12 @@ def plain_step(model, batch, optimizer):
     optimizer.step()
     optimizer.zero_grad()
 
-
 def steps(device, repeats):
     """A whole training step of a small ViT, on a CPU."""
     (model, optimizer, *rest), drawn = trainer("cpu", "small"), batch(16)
     step = lambda: train.train_step(model, train.device_batches([drawn], "cpu"), optimizer, *rest)
     ours, plain = in_turn(repeats, step, lambda: plain_step(model, drawn, optimizer))
     line("training step of 4 + 4 layers, 16 images, against plain: s", ours, plain, plain / ours, least=6)
-
 
 def training(device, rate, name, images, phrases, *options, count=10):
     """A line of train.train_step, another batch at each step; what is recomputed does not count as done."""
@@ -342,7 +321,6 @@ def training(device, rate, name, images, phrases, *options, count=10):
     done = speed * counter.get_total_flops() / 8
     print(f"{what:<62}{speed:>8.1f}{done / 1e12:>9.2f}{done / rate:>8.0%}{gib:>8.1f}", flush=True)
 
-
 def trainings(device, repeats):
     """On a GPU: training by images and options; the goal is 40 % for ViT-B/16, 64 images, 30 phrases."""
     if device == "cuda":
@@ -353,7 +331,6 @@ def trainings(device, repeats):
             for phrases, *options in ((30,), (0,), (30, "--grad-checkpointing"), (30, "--compile")):
                 for images in (64, 256, 512):
                     fresh(training, (device, rate, name, images, phrases, *options))
-
 
 if __name__ == "__main__":
     parts = {part.__name__: part for part in (text, host, losses, loader, regions, steps, trainings)}

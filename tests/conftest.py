@@ -22,7 +22,6 @@ import model as models
 
 torch.set_num_threads(1)  # as the processes that tests start; and small models gain nothing from more
 
-
 def write(path, content):
     """A file of bytes, of text, or of anything as JSON; its folders too. Returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,14 +30,12 @@ def write(path, content):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
 
-
 def picture(path, size=(90, 70), seed=0):
     """A file of coloured noise, all of it smooth enough to survive JPEG. Returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = Image.frombytes("RGB", (9, 7), random.Random(seed).randbytes(189))
     noise.resize(size, Image.Resampling.BICUBIC).save(path)
     return path
-
 
 @pytest.fixture
 def refused(capfd):
@@ -55,16 +52,13 @@ def refused(capfd):
         return lines[0]
     return run
 
-
 @pytest.fixture
 def golden():
     return Path(__file__).parent / "golden"
 
-
 @pytest.fixture(scope="session")
 def tokenizer():
     return data.scenes_tokenizer()
-
 
 @pytest.fixture
 def tiny(tokenizer):
@@ -72,7 +66,6 @@ def tiny(tokenizer):
     model = models.from_scratch(tokenizer)
     model.has_trained_pooler = True
     return model
-
 
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory, tokenizer):
@@ -82,7 +75,6 @@ def clip(tmp_path_factory, tokenizer):
     model.has_trained_pooler = True
     models.export(model, tokenizer, folder)
     return folder
-
 
 @pytest.fixture
 def quick(monkeypatch):

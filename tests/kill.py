@@ -20,7 +20,6 @@ PROCESSES = multiprocessing.get_context("forkserver")  # each starts afresh, but
 PROCESSES.set_forkserver_preload(["train"])
 FLAGS = "--model scratch --batch-size 4 --phrases 2 --sentences 1 --save-every 2 --eval-every 0.0002"
 
-
 def work(flags, environ):
     """A training process. Each step is logged, and the benchmark gives a figure of the weights at once."""
     import train
@@ -32,12 +31,10 @@ def work(flags, environ):
     train.evaluation.scenes = lambda model, *_: {"hard": model.pooler.logit_scale.item()}
     train.main(flags.split())
 
-
 def start(flags, **environ):
     process = PROCESSES.Process(target=work, args=(flags, environ))
     process.start()
     return process
-
 
 def lines(run):
     """{("step" or "eval", step): its last line in the log, without what depends on the machine}"""
@@ -47,17 +44,14 @@ def lines(run):
         last["eval" if "eval" in line else "step", line["step"]] = kept
     return last
 
-
 def logged(run):
     return (run / "log.jsonl").read_text().count("\n") if (run / "log.jsonl").is_file() else 0
-
 
 def wait_for(process, what):
     """Until `what()` holds; the process must not end before."""
     while not what():
         assert process.is_alive(), "it ended too early"
         time.sleep(0.001)
-
 
 def kill_and_compare(folder, kills, seed=0):
     """Kill a run again and again, then let it end: its log and weights must be those of one left alone."""
@@ -77,7 +71,6 @@ def kill_and_compare(folder, kills, seed=0):
     assert lines(cut) == lines(whole)
     one, other = (torch.load(run / "checkpoint.pt", weights_only=True)["model"] for run in (whole, cut))
     assert all(torch.equal(one[name], other[name]) for name in one)
-
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:

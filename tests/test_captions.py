@@ -26,7 +26,6 @@ NAMES, IMAGES = Path("a.json"), Path("images")  # in the working folder
 ROW = {"image": "a.png", "caption": "x"}
 FLAGS = "--data a.json --root images --batch-size 4 --phrases 0 --workers 0 --out run --model".split()
 
-
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     """A working folder, an empty cache of `datasets`, and no model of spaCy; images are not cropped."""
@@ -37,16 +36,13 @@ def folder(tmp_path, monkeypatch):
     data.parser.cache_clear()
     picture(IMAGES / "a.png")
 
-
 def read(source, root=IMAGES, phrases=0, sentences=5, columns=None):
     return data.Captions(source, root, 64, (sentences, phrases), columns=columns)
-
 
 def test_sentences_golden(golden):
     for case in json.loads((golden / "sentences.json").read_text()):
         assert data.clean(case["caption"]) == case["clean"]
         assert data.split_sentences(case["clean"]) == case["sentences"]
-
 
 @pytest.mark.parametrize("file, least", [("phrases.json", 7), (SHARED / "phrases_trained.json", 44)])
 def test_phrases_are_the_authors_and_parsed_once_by_all_processes(golden, monkeypatch, file, least):
@@ -82,7 +78,6 @@ def test_phrases_are_the_authors_and_parsed_once_by_all_processes(golden, monkey
     read(NAMES, phrases=30)
     assert log.read_text() == parsed * 2  # other code parses anew
 
-
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data")
 def test_curly_quotes_are_straightened_before_the_real_bpe():
     lines = gzip.open(SHARED / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8").read().split("\n")
@@ -92,7 +87,6 @@ def test_curly_quotes_are_straightened_before_the_real_bpe():
     texts = ["a diagram", "the dog’s “ball”", "the dog's \"ball\""]
     diagram, curly, straight = data.tokenize(CLIPTokenizer(vocab=vocab, merges=merges), texts)
     assert diagram == [49406, 320, 22697, 49407] and curly == straight  # as in CLIP's README
-
 
 @pytest.mark.parametrize("source", [
     "a.json", "a.jsonl", "b.json", "a.parquet", "images", "hub/name/*.parquet", "hub/name"])
@@ -116,7 +110,6 @@ def test_every_form_of_data_reads_alike(source):
         assert queries[0] == (row["caption"], "caption") and not unreadable
         assert np.array_equal(pixels.permute(1, 2, 0), Image.open(file))
 
-
 def test_sv1k_is_never_trained_on(monkeypatch):
     monkeypatch.setattr(data, "HELD_OUT", 3)
     answers = [[("human", "What?"), ("gpt", f"Number {i}"), ("gpt", "Another answer")] for i in range(8)]
@@ -126,7 +119,6 @@ def test_sv1k_is_never_trained_on(monkeypatch):
     assert [samples[0, i][1][0][0] for i in range(len(samples))] == [f"Number {i}" for i in range(3, 8)]
     assert [caption for _, [caption] in evaluation.sv1k(IMAGES)] == [f"Number {i}" for i in range(3)]
 
-
 def test_a_draw_has_one_of_its_rows_captions_and_the_phrases_that_the_row_brings():
     rows = [(["A red dog sits.\nA cat cat sleeps"], ["red dog", "cat"]),
             (["One", " ", "Two"], []), ([" \n"], []), ([], [])]
@@ -135,7 +127,6 @@ def test_a_draw_has_one_of_its_rows_captions_and_the_phrases_that_the_row_brings
     assert len(samples) == 2  # without those that have no caption
     drawn = {tuple(text for text, _ in samples[draw // 2, draw % 2][1][1:]) for draw in range(40)}
     assert drawn == {("A red dog sits", "red dog", "cat"), ("A cat sleeps", "red dog", "cat"), ("One",), ("Two",)}
-
 
 def test_odd_images_are_trained_on_right():
     noise = Image.open(picture(IMAGES / "noise.png", (60, 50)))
@@ -154,7 +145,6 @@ def test_odd_images_are_trained_on_right():
         pixels, _, unreadable = samples[0, index]
         right = right.resize((64, 64), Image.Resampling.BILINEAR)
         assert not unreadable and np.array_equal(pixels.permute(1, 2, 0), right), name
-
 
 def test_unreadable_images_are_replaced_and_named_once(tmp_path, clip, refused, capfd):
     good = [picture(IMAGES / f"{seed}.png", seed=seed).name for seed in range(20)]
@@ -185,13 +175,11 @@ def test_unreadable_images_are_replaced_and_named_once(tmp_path, clip, refused, 
     assert capfd.readouterr().err.count("another sample is taken: gone.jpg: ") == 1
     assert json.loads(Path("other/eval.json").read_text())["val.json"]["T2I R@1"] == 100
 
-
 def test_up_to_one_per_cent_of_the_images_may_be_unreadable():
     batch = data.Batch(torch.zeros(2000, 3, 1, 1), models.pack([[0, 1]]), *torch.zeros(3, 1), ["a"] * 20)
     assert len(list(train.device_batches([batch], "cpu"))) == 1
     with pytest.raises(data.InputError):
         list(train.device_batches([batch._replace(unreadable=batch.unreadable + ["b"])], "cpu"))
-
 
 @pytest.mark.parametrize("content, complaint, flags", [
     ([{"photo": "a.png", "caption": "x"}], "a.json cannot be read: no column image, but photo, caption", ""),

@@ -14,7 +14,6 @@ from transformers import CLIPImageProcessor
 import data
 import model as models
 
-
 def test_no_two_splits_share_a_scene_and_siblings_differ_in_one_attribute():
     assert data.scene("train", 7) == data.scene("train", 7) != data.scene("train", 8)
     captions = {split: {". ".join(data.describe(data.scene(split, index))[0]) for index in range(count)}
@@ -30,7 +29,6 @@ def test_no_two_splits_share_a_scene_and_siblings_differ_in_one_attribute():
             assert sibling["background"] == group[0]["background"]
         assert len({data.draw(scene).tobytes() for scene in group}) == data.SIBLINGS
 
-
 def test_the_tokenizer_is_always_the_same_with_one_token_a_word_and_long_captions(tokenizer):
     code = "import data; print(sorted(data.scenes_tokenizer().get_vocab().items()))"
     other = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
@@ -43,7 +41,6 @@ def test_the_tokenizer_is_always_the_same_with_one_token_a_word_and_long_caption
         assert 77 < len(ids[0]) <= 248
     ids = data.tokenize(tokenizer, ["a zebra, 雪!"])[0]  # all else is bytes
     assert tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == "azebra,雪!"
-
 
 def test_boxes_are_the_cards_and_their_expressions_differ_as_their_level_says():
     for number, row in enumerate(data.scene_boxes("test")):
@@ -59,7 +56,6 @@ def test_boxes_are_the_cards_and_their_expressions_differ_as_their_level_says():
             assert [sum(map(str.__ne__, positive, negative)) for negative in negatives] == [level] * 10
         assert len(set(row["trivial"])) == 11 and row["trivial"][0] == row["hard"][0]
 
-
 def test_queries_of_a_draw():
     draw = lambda count, wanted: list(data.draw_sentences(count, wanted, random.Random(0)))
     assert len({*draw(6, 5)}) == 5 and {*draw(6, 5)} < {*range(6)} and draw(6, 5) != sorted(draw(6, 5))
@@ -68,7 +64,6 @@ def test_queries_of_a_draw():
     for settings, part in [((0, 2), rest[2:]), ((2, 0), rest[:2]), ((2, 2), rest)]:
         queries = data.make_queries(["s2", "s1"], ["p1", "p2", "p3"], settings)
         assert queries == [("s2. s1", "caption"), *part]
-
 
 def test_a_batch_says_whose_each_query_is_and_cuts_long_ones_before_eos(tokenizer):
     queries = [[("a red star", "caption"), ("red " * 40, "phrase")],
@@ -83,7 +78,6 @@ def test_a_batch_says_whose_each_query_is_and_cuts_long_ones_before_eos(tokenize
     expected = ["a red star", "red " * 28, "blue " * 246, "a cross", "a red star"]  # 30, 248 with EOS
     assert len(distinct) == 4 and texts == [tokenizer(text).input_ids for text in expected]
 
-
 def test_each_sample_is_drawn_once_an_epoch_across_ranks_and_from_anywhere_on():
     size, batch, world = 50, 4, 3  # 50 is no multiple of 12: batches straddle the epochs
     ranks = [list(data.batches(size, batch, 0, 300, rank, world, seed=5)) for rank in range(world)]
@@ -93,7 +87,6 @@ def test_each_sample_is_drawn_once_an_epoch_across_ranks_and_from_anywhere_on():
     assert all(sorted(epoch) == list(range(size)) != epoch for epoch in epochs)
     assert list(data.batches(size, batch, 120, 300, 1, world, seed=5)) == ranks[1][10:]  # as a resumed run
     assert sum(data.batches(size, 6, 120, 300, 0, 1, seed=5), []) == drawn[120:]  # on one process
-
 
 @pytest.mark.parametrize("size", [(90, 70), (64, 64), (40, 100)])
 def test_pixels_of_a_test_are_torchvisions_and_the_stock_processors(tmp_path, size):
@@ -106,7 +99,6 @@ def test_pixels_of_a_test_are_torchvisions_and_the_stock_processors(tmp_path, si
     torch.testing.assert_close(ours, stock(image).pixel_values[0], atol=.016, rtol=0)  # a level is .015
     whole = transforms.PILToTensor()(image.resize((64, 64)))  # FG-OVD: with PIL's own filter
     assert torch.equal(data.to_pixels(image, 64, whole=True), whole)
-
 
 @pytest.mark.parametrize("name, most", [("a.png", .06), ("a.jpg", .5)])
 def test_training_crops_are_torchvisions(tmp_path, name, most):

@@ -28,7 +28,6 @@ DCI = "densely_captioned_images"
 FOLDERS = {"urban1k": "Urban1k/image", "sv1k": "sam/images", "dci": f"{DCI}/photos", "coco": "val2017",
            "dci-short": f"{DCI}/photos", "flickr30k": "flickr30k-images"}
 
-
 def test_recall_by_hand():
     similarity = torch.tensor([[.9, .1, .0],   # text 0: its image first
                                [.8, .7, .6],   # text 1: its image second
@@ -42,7 +41,6 @@ def test_recall_by_hand():
     for score in (0., torch.nan):  # equal scores, and NaN, earn nothing
         assert set(evaluation.recall(torch.full((20, 20), score), torch.arange(20)).values()) == {0}
 
-
 def test_hits_and_box_embeddings_by_hand():
     for scores, good in ([.5, .5, .1], True), ([.5, .6, .1], False), ([.5, .4], True), ([torch.nan] * 2, False):
         assert evaluation.hit(torch.tensor(scores)) == good
@@ -51,7 +49,6 @@ def test_hits_and_box_embeddings_by_hand():
     regions = evaluation.box_embeddings(patches, boxes, torch.tensor([0, 0]))
     assert regions[0].argmax() == 9 and regions[0, 9] > .99
     assert regions[1].topk(4).indices.sort().values.tolist() == [0, 1, 4, 5]
-
 
 @pytest.mark.parametrize("turn, score", [(0, 100), (1, 0)])
 def test_pointing_takes_the_mean_over_a_quarter(tiny, tokenizer, monkeypatch, turn, score):
@@ -65,7 +62,6 @@ def test_pointing_takes_the_mean_over_a_quarter(tiny, tokenizer, monkeypatch, tu
     monkeypatch.setattr(tiny, "encode_image", lambda pixels: (None, grid.flatten(1, 2)))
     assert evaluation.pointing(tiny, tokenizer, drawn, descriptions) == score
 
-
 @pytest.fixture
 def scores(tmp_path, capfd, monkeypatch):
     """Arguments of eval.py -> what it prints, and the scores in its --json, which must be the same."""
@@ -77,7 +73,6 @@ def scores(tmp_path, capfd, monkeypatch):
         assert evaluation.table(found) in printed
         return printed, found
     return run
-
 
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory):
@@ -130,7 +125,6 @@ def stand_ins(tmp_path_factory):
     rows.to_parquet(root / "pairs.parquet")
     return root, pairs
 
-
 class Stock:
     """transformers' own CLIP and processor, on one image or one text at a time."""
 
@@ -160,7 +154,6 @@ class Stock:
         return pytest.approx({f"{way} R@{k}": 100 * sum(rank < k for rank in found) / len(found)
                               for way, found in ranks.items() for k in (1, 5, 10)})
 
-
 @pytest.mark.parametrize("flags", [*evaluation.RETRIEVAL, "coco --size 128", "pairs.jsonl", "pairs.json",
                                    "lists.json --columns file,texts", "pairs.parquet"])
 def test_retrieval_equals_stock_transformers(stand_ins, clip, scores, monkeypatch, flags):
@@ -169,7 +162,6 @@ def test_retrieval_equals_stock_transformers(stand_ins, clip, scores, monkeypatc
     _, found = scores("--root", root, "--ckpt", clip, "--bench", *flags.split())
     stock = Stock(clip, 128 if "128" in flags else 64)
     assert found[bench] == stock.recall(root, pairs.get(bench, pairs["coco"]))
-
 
 def one_box_at_a_time(clip, root, split):
     """FG-OVD's protocol, row by row, without any of eval.py."""
@@ -186,12 +178,10 @@ def one_box_at_a_time(clip, root, split):
         good.append(bool(scores[0] >= scores[1:].max()))
     return pytest.approx(100 * sum(good) / len(good))
 
-
 def test_fgovd_equals_one_box_at_a_time(stand_ins, clip, scores):
     root, _ = stand_ins
     _, found = scores("--bench", "fgovd", "--root", root, "--ckpt", clip)
     assert found["fgovd"] == {split: one_box_at_a_time(clip, root, split) for split in evaluation.FGOVD}
-
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data")
 def test_real_annotations(clip, scores, tmp_path):
@@ -211,7 +201,6 @@ def test_real_annotations(clip, scores, tmp_path):
     assert found["fgovd"]["hard"] == one_box_at_a_time(clip, tmp_path, "hard")
     assert found["urban1k"] == Stock(clip).recall(tmp_path, pairs)
 
-
 def test_zero_shot_averages_templates(stand_ins, clip, scores, monkeypatch):
     monkeypatch.setattr(evaluation, "TEMPLATES", ("{}", "a blue circle, {}", "{} in the top left"))
     (root, _), stock, names = stand_ins, Stock(clip), sorted(f"{colour}_soup" for colour in data.COLOURS)
@@ -225,7 +214,6 @@ def test_zero_shot_averages_templates(stand_ins, clip, scores, monkeypatch):
     _, found = scores("--bench", "food101", "--root", root, "--ckpt", clip)
     assert found["food101"] == pytest.approx({f"top-{k}": 100 * sum(rank < k for rank in ranks) / 36 for k in (1, 5)})
 
-
 def test_two_ranks_equal_one(stand_ins, clip, scores, tmp_path, monkeypatch):
     monkeypatch.setitem(data.SPLITS, "test", 40)
     script = write(tmp_path / "run.py", "import data, eval\ndata.SPLITS['test'] = 40\neval.main()")
@@ -235,7 +223,6 @@ def test_two_ranks_equal_one(stand_ins, clip, scores, tmp_path, monkeypatch):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     two = subprocess.run([*torchrun, *flags], capture_output=True, text=True, env=environment)
     assert two.returncode == 0 and two.stdout == scores(*flags)[0], two.stderr
-
 
 def test_all_runs_what_is_present_on_a_clip_of_77_positions(stand_ins, clip, scores, tmp_path, monkeypatch):
     monkeypatch.setitem(data.SPLITS, "test", 40)
@@ -252,7 +239,6 @@ def test_all_runs_what_is_present_on_a_clip_of_77_positions(stand_ins, clip, sco
     assert printed.splitlines()[-1] == "not there: " + ", ".join(rest)
     assert printed.startswith(f"{short} (77 text positions, stretched to 248)\n") and "chance 25" in printed
 
-
 def test_the_authors_model_needs_a_tokenizer(stand_ins, tokenizer, scores, refused, tmp_path, monkeypatch):
     file = shutil.copy(ROOT / "tests/golden/authors_checkpoint.pt", tmp_path)
     flags = ["--bench", "coco", "--root", stand_ins[0], "--ckpt", file]
@@ -264,7 +250,6 @@ def test_the_authors_model_needs_a_tokenizer(stand_ins, tokenizer, scores, refus
     assert found["coco"] == evaluation.evaluate(models.load(file), tokenizer, "coco", stand_ins[0])
     assert "stretched" not in printed
 
-
 def test_urban1k_is_fetched_or_asked_for(stand_ins, clip, scores, refused, tmp_path, monkeypatch):
     (root, pairs), new = stand_ins, tmp_path / "new"
     flags = ["--bench", "urban1k", "--root", new, "--ckpt", clip]
@@ -275,7 +260,6 @@ def test_urban1k_is_fetched_or_asked_for(stand_ins, clip, scores, refused, tmp_p
     fetch = lambda url, to: shutil.unpack_archive(archive, to)
     monkeypatch.setattr(evaluation, "download_and_extract_archive", fetch)
     assert scores(*flags)[1]["urban1k"] == Stock(clip).recall(root, pairs["urban1k"])
-
 
 def test_heatmaps_equal_their_definitions(clip, tmp_path):
     (model, tokenizer), queries = evaluation.load(clip), ["a red star", "a white circle"]
@@ -292,7 +276,6 @@ def test_heatmaps_equal_their_definitions(clip, tmp_path):
     assert found["cosine of patches"] == pytest.approx(cosine.view(2, 8, 8).numpy(), abs=1e-6)
     assert found["attention of the pooler"] == pytest.approx(attention.view(2, 8, 8).numpy(), abs=1e-6)
     assert found["attention of the pooler"].sum((1, 2)) == pytest.approx(1)
-
 
 @pytest.mark.parametrize("size", [(64, 64), (1, 1), (2000, 2)])
 def test_a_sheet_of_heatmaps_has_a_row_per_model_and_kind(clip, tokenizer, tmp_path, size):

@@ -24,7 +24,6 @@ POOLER = models.PatchPooler(64).state_dict()
 QUICK = ["--max-steps", "1", "--batch-size", "4", "--workers", "0", "--out", "run"]
 BOX = {"img_path": "val2017/a.jpg", "bbox": [5, 5, 9, 9], "pos_expression": ["x"], "neg_expression": ["y"]}
 
-
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     """Where each test works."""
@@ -34,7 +33,6 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "EMPTY").mkdir()
     picture(tmp_path / "good.png")
     return tmp_path
-
 
 @pytest.mark.parametrize("flags", [
     "--beta 1.5", "--beta nan", "--lr -0.5", "--epochs inf", "--batch-size 0", "--batch-size 100000",
@@ -46,7 +44,6 @@ def test_impossible_arguments_of_training(refused, clip, folder, quick, flags):
     assert flags[-1] in refused(train.main, *QUICK, "--model", "scratch", *flags)
     assert not (folder / "run").exists() and (folder / "FILE").read_text() == "no more than a text"
 
-
 @pytest.mark.parametrize("flags", [
     "--bench urban", "--bench gone.jsonl", "--bench urban1k --root FILE", "--bench fgovd --root EMPTY",
     "--size 60", "--ckpt nowhere", "--ckpt EMPTY", "--ckpt FILE", "--json EMPTY",
@@ -57,17 +54,14 @@ def test_impossible_arguments_of_evaluation(refused, clip, folder, quick, flags)
     assert flags[-1] in refused(evaluation.main, "--ckpt", clip, *flags)
     assert not (folder / "gone").exists() and not list((folder / "EMPTY").iterdir())
 
-
 def test_no_runs_to_evaluate(refused):
     assert "no run under runs/" in refused(evaluation.main, "--bench", "scenes")
-
 
 def new_model(clip, **text):
     """Replace the CLIP in a folder by one of another text_config."""
     config = CLIPConfig.from_pretrained(clip)
     config.text_config.update(text)
     CLIPModel(config).save_pretrained(clip)
-
 
 BROKEN_MODELS = {  # what is done to the folder of a Hugging Face CLIP
     "no weights": lambda clip: (clip / "model.safetensors").unlink(),
@@ -83,17 +77,14 @@ BROKEN_MODELS = {  # what is done to the folder of a Hugging Face CLIP
     "a pooler of another width": lambda clip: save_file(POOLER, clip / "pooler.safetensors"),
 }
 
-
 @pytest.mark.parametrize("kind", BROKEN_MODELS)
 def test_broken_models(refused, clip, folder, quick, kind):
     BROKEN_MODELS[kind](shutil.copytree(clip, folder / "clip"))
     assert f"{folder}/clip: " in refused(train.main, *QUICK, "--model", folder / "clip")
 
-
 class Payload:
     def __reduce__(self):
         return exec, ("import builtins; builtins.executed = True",)
-
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "authors.pt"])
 def test_a_pickle_in_a_checkpoint_is_not_executed(refused, clip, folder, name):
@@ -106,15 +97,12 @@ def test_a_pickle_in_a_checkpoint_is_not_executed(refused, clip, folder, name):
     assert builtins.executed
     del builtins.executed
 
-
 def talk(image, caption):
     return [{"image": image, "conversations": [{"from": "gpt", "value": caption}]}]
-
 
 def coco(*captions):
     return {"images": [{"id": 0, "file_name": "a.jpg"}, {"id": 1, "file_name": "b.jpg"}],
             "annotations": [{"image_id": i, "caption": text} for i, text in enumerate(captions)]}
-
 
 @pytest.mark.parametrize("bench, file, content, names", [
     ("coco", COCO, json.dumps(coco("x", "y"))[:-9], [COCO]),
@@ -149,7 +137,6 @@ def test_broken_benchmarks_are_named(refused, clip, folder, bench, file, content
         write(folder / file, (folder / file).read_bytes()[:300] if content == "cut" else content)
     error = refused(evaluation.main, "--bench", bench, "--root", folder, "--ckpt", clip)
     assert all(name in error for name in names) and "InputError" not in error, error
-
 
 def test_real_processes_say_one_line(clip, folder):
     BROKEN_MODELS["cut weights"](shutil.copytree(clip, folder / "clip"))

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import loss
 
-
 def naive_beta_cal(visual, text, owner, scale, beta, kind):
     """The definition, pair by pair."""
     v, t = ([x / x.norm() for x in rows] for rows in (visual, text))
@@ -29,17 +28,14 @@ def naive_beta_cal(visual, text, owner, scale, beta, kind):
             total = total + (weight if same else 1) * (1 + ((-1) ** same * logit[i][j]).exp()).log()
     return total if kind == "ce" else total / (len(set(owner)) * max(map(owner.count, owner))) ** 2
 
-
 def value_of(kind, image, text, visual, owner, scale, global_negatives=False):
     if kind == "clip":
         return loss.clip_loss(image, text[torch.searchsorted(owner, torch.arange(len(image)))], scale)
     return loss.beta_cal(visual, text, owner, scale, 0.4, kind, global_negatives)
 
-
 @pytest.fixture(params=[3, 1024], ids=["tiles of 3", "one tile"])
 def tiles(request, monkeypatch):
     monkeypatch.setattr(loss, "TILE", request.param)
-
 
 def test_golden_values_and_gradients(golden, tiles):
     clip = torch.load(golden / "clip_loss.pt", weights_only=True)
@@ -56,7 +52,6 @@ def test_golden_values_and_gradients(golden, tiles):
         theirs = [case[name] for name in ("loss", f"grad_{image}", "grad_text", "grad_scale")]
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
 
-
 @pytest.mark.parametrize("kind", ["ce", "bce"])
 @pytest.mark.parametrize("beta", [0, 0.3, 1])
 def test_beta_cal_equals_the_naive_definition_in_any_order_of_images(kind, beta, tiles):
@@ -71,7 +66,6 @@ def test_beta_cal_equals_the_naive_definition_in_any_order_of_images(kind, beta,
     rows, moved = [4, 5, 6, 7, 0, 1, 2, 8, 9, 3], torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 3])
     torch.testing.assert_close(loss.beta_cal(visual[rows], text[rows], moved, scale, beta, kind), values[0])
 
-
 def test_values_by_hand():
     scale, ones, eye, softplus = torch.tensor(5.0), torch.ones(2, 3), torch.eye(2), math.log1p(math.exp(-5))
     # two queries of one image: all alike, so each softmax is uniform over 2 and each softplus is of -5; or
@@ -82,7 +76,6 @@ def test_values_by_hand():
         ours = loss.beta_cal(x, x, torch.tensor([0, 0]), scale, beta, kind)
         assert ours.item() == pytest.approx(value, abs=1e-6)
     assert loss.clip_loss(eye.bfloat16(), eye.bfloat16(), scale).item() == pytest.approx(softplus, abs=1e-6)
-
 
 class Made(TorchDispatchMode):
     """Counts operations but for views, the elements of their largest result, and those of all products."""
@@ -96,7 +89,6 @@ class Made(TorchDispatchMode):
             self.products += out.numel() * (function == torch.ops.aten.mm.default)
         return out
 
-
 @pytest.mark.parametrize("kind", ["clip", "ce", "bce"])
 def test_no_square_matrix_is_made_and_no_tile_is_kept(monkeypatch, kind):
     monkeypatch.setattr(loss, "TILE", 32)
@@ -104,7 +96,6 @@ def test_no_square_matrix_is_made_and_no_tile_is_kept(monkeypatch, kind):
     with Made() as made, saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
         value_of(kind, visual, text, visual, torch.arange(n), torch.tensor(10.0)).backward()
     assert made.largest == 32 * n and sum(kept) < n * n / 2
-
 
 def run(rank=0, world=1, wrap=lambda net: net):
     """{(loss, global negatives): value, gradients, elements of products} of a rank's share of images."""
@@ -125,12 +116,10 @@ def run(rank=0, world=1, wrap=lambda net: net):
         results[key] = value.item(), [p.grad.clone() for p in net.parameters()], made.products
     return results
 
-
 def one_rank(rank, world, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     torch.save(run(rank, world, DistributedDataParallel), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
-
 
 @pytest.mark.parametrize("world, queries", [(2, [8, 4]), (3, [3, 6, 3])])
 def test_ranks_equal_one_process_and_each_does_its_share(tmp_path, world, queries):

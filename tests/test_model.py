@@ -21,20 +21,16 @@ import model as models
 from loss import beta_cal, clip_loss
 from test_loss import Made
 
-
 def assert_close(ours, theirs, atol=1e-5):
     torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
 
-
 def random_texts(*lengths):
     return [torch.tensor([0, *random.Random(n).choices(range(2, 400), k=n - 2), 1]) for n in lengths]
-
 
 def stock(folder, **text):
     config = CLIPConfig.from_pretrained(folder)
     config.text_config.update(text)
     return CLIPModel(config).eval()
-
 
 def losses(model, pixels, texts, owner, kind="ce"):
     cls, text, pooled = model(pixels, texts, owner)
@@ -42,11 +38,9 @@ def losses(model, pixels, texts, owner, kind="ce"):
     return (clip_loss(cls, captions, model.clip.logit_scale.exp()),
             beta_cal(pooled, text, owner, model.pooler.logit_scale.exp(), 0.5, kind))
 
-
 def test_positions_golden(golden):
     case = torch.load(golden / "positions.pt", weights_only=True)
     assert_close(models.stretch_positions(case["before"]), case["after"], atol=2e-5)
-
 
 def test_the_first_20_positions_are_stock_and_a_patch_attends_to_itself_alone(clip):
     theirs = stock(clip, max_position_embeddings=77, eos_token_id=1)
@@ -62,7 +56,6 @@ def test_the_first_20_positions_are_stock_and_a_patch_attends_to_itself_alone(cl
     x = last(x, attention_mask=torch.full((65, 65), -torch.inf).fill_diagonal_(0)[None, None])
     assert_close(model.encode_image(pixels)[1], theirs.visual_projection(vision.post_layernorm(x))[:, 1:])
 
-
 def test_packed_texts_equal_one_at_a_time_and_each_distinct_token_is_processed_once(tiny):
     packed = models.pack([[8, 1, 9], [8, 9], [8, 1, 9], [8, 2, 9], [8, 3, 4, 9]])
     assert packed.tokens.tolist() == [8, 9, 8, 1, 9, 8, 2, 9, 8, 3, 4, 9]
@@ -77,7 +70,6 @@ def test_packed_texts_equal_one_at_a_time_and_each_distinct_token_is_processed_o
             part.register_forward_hook(lambda part, inputs, out: processed.append(len(inputs[0])))
     assert_close(tiny.encode_text(texts), alone)
     assert processed == [563] * 3 + [11, 563, 11]  # tokens; in the last layer, EOS of eleven texts
-
 
 @pytest.mark.parametrize("causal", [True, False], ids=["all tokens", "EOS alone"])
 def test_flash_attention_is_asked_for_what_the_cpu_computes(monkeypatch, causal):
@@ -102,7 +94,6 @@ def test_flash_attention_is_asked_for_what_the_cpu_computes(monkeypatch, causal)
     on_gpu = models.attend(*(x.as_subclass(OnGPU) for x in inputs), 2, texts, causal)
     assert_close(on_gpu.as_subclass(torch.Tensor), models.attend(*inputs, 2, texts, causal), atol=1e-12)
 
-
 def test_the_text_tower_is_few_operations_whatever_the_lengths(clip, monkeypatch):
     monkeypatch.setattr(models, "attend", lambda q, k, v, *rest: q + (k + v)[:len(q)])
     model = models.BetaCLIP(stock(clip, hidden_size=16, intermediate_size=64, num_hidden_layers=12))
@@ -113,12 +104,10 @@ def test_the_text_tower_is_few_operations_whatever_the_lengths(clip, monkeypatch
         model.encode_text(packed).sum().backward()
     assert len(packed.groups) > 80 and 400 < made.operations <= 2500  # but for views
 
-
 def test_the_pooler_equals_one_query_at_a_time(tiny):
     text, patches, owner = torch.randn(7, 128), torch.randn(4, 64, 128), torch.tensor([0, 0, 0, 1, 3, 3, 3])
     alone = [tiny.pooler(text[[i]], torch.tensor([0]), patches[owner[[i]]]) for i in range(7)]
     assert_close(tiny.pooler(text, owner, patches), torch.cat(alone))  # image 2 has no query
-
 
 @pytest.mark.parametrize("change", ["compile", "checkpoint"])
 def test_all_but_the_frozen_positions_learn_and_changed_layers_alike(tiny, tokenizer, change):
@@ -139,7 +128,6 @@ def test_all_but_the_frozen_positions_learn_and_changed_layers_alike(tiny, token
     assert frozen.endswith("position_embedding.frozen") and len(tiny.state_dict()[frozen]) == 20
     assert all(gradient.any() for gradient in gradients[0])
 
-
 @pytest.mark.parametrize("size", [32, 96])
 def test_images_of_another_size_are_seen_as_transformers_sees_them(clip, size):
     pixels, model = torch.randn(2, 3, size, size), models.load(clip, size=size)
@@ -147,7 +135,6 @@ def test_images_of_another_size_are_seen_as_transformers_sees_them(clip, size):
     assert_close(model.clip.vision_model.embeddings(pixels), theirs, atol=1e-6)
     with pytest.raises(ValueError, match=f"{size + 4} pixels are no multiple of its patches of 8"):
         models.load(clip, size=size + 4)
-
 
 def test_stock_transformers_load_the_export_and_agree(tiny, tokenizer, tmp_path):
     with torch.no_grad():
@@ -172,7 +159,6 @@ def test_stock_transformers_load_the_export_and_agree(tiny, tokenizer, tmp_path)
         assert_close(text, model.clip.text_projection(alone))
     assert_close(*pooled)
 
-
 @pytest.mark.parametrize("name, error", [("empty", OSError), ("text.pt", ValueError), ("a.pt", ValueError)])
 def test_what_is_no_model_is_named(tmp_path, name, error):
     (tmp_path / "empty").mkdir()
@@ -180,7 +166,6 @@ def test_what_is_no_model_is_named(tmp_path, name, error):
     torch.save({"weights": torch.ones(1)}, tmp_path / "a.pt")
     with pytest.raises(error, match=name):
         models.load(tmp_path / name)
-
 
 @pytest.mark.parametrize("kind", ["ce", "bce"])
 def test_forward_losses_and_gradients_golden(golden, kind):
@@ -204,7 +189,6 @@ def test_forward_losses_and_gradients_golden(golden, kind):
         name = re.sub(r"(vision.*self_attn)\.[qkv]_proj", r"\1.qkv", name)
         norms[name] = math.hypot(norms.get(name, 0), p.grad.norm().item())
     assert sorted(norms.values()) == pytest.approx(sorted(theirs.values()), rel=1e-4, abs=2e-5)
-
 
 @pytest.mark.parametrize("vision, text, dim, patch", [(768, 512, 512, 16), (1024, 768, 768, 14)])
 def test_the_authors_sizes_are_recognised(golden, vision, text, dim, patch):

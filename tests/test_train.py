@@ -17,28 +17,23 @@ import eval as evaluation
 import model as models
 import train
 
-
 @pytest.fixture(autouse=True)
 def each_step_is_logged(monkeypatch):
     monkeypatch.setattr(train, "LOG_EVERY", 1)
     monkeypatch.setattr(train, "on_signals", lambda _: None)  # pytest keeps its own
 
-
 def log(out):
     lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     return [line for line in lines if "eval" not in line]
-
 
 def run(out, flags="", model="scratch"):
     train.main(f"--max-steps 2 --batch-size 8 --workers 0 --model {model} --out {out} {flags}".split())
     return log(out)
 
-
 def changed(one, other):
     """The parts of a model whose weights differ between two."""
     weights = zip(one.state_dict().items(), other.state_dict().values(), strict=True)
     return {name.split(".")[0] for (name, a), b in weights if not torch.equal(a, b)}
-
 
 def test_schedule_golden(golden):
     schedule = json.loads((golden / "schedule.json").read_text())
@@ -46,14 +41,12 @@ def test_schedule_golden(golden):
         ours = [train.cosine(step, 500, *arguments) for step in range(500)]
         assert ours == pytest.approx(schedule[name], rel=1e-9)
 
-
 def test_parameter_groups_hold_each_parameter_once_and_decay_matrices_only(tiny):
     groups = train.parameter_groups(tiny, 0.01)
     for part, module in dict(backbone=tiny.clip, pooler=tiny.pooler).items():
         of_part = [id(p) for group in groups if group["part"] == part for p in group["params"]]
         assert sorted(of_part) == sorted(map(id, module.parameters()))
     assert all((p.ndim >= 2) == (group["weight_decay"] > 0) for group in groups for p in group["params"])
-
 
 @pytest.mark.parametrize("number", [0, 1], ids=["ce", "bce"])
 def test_six_steps_meet_the_authors_and_accumulation_takes_the_mean(golden, number):
@@ -78,7 +71,6 @@ def test_six_steps_meet_the_authors_and_accumulation_takes_the_mean(golden, numb
         norms.append(train.train_step(model, same, still, scaler, args)[1].item())
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
-
 def test_thirty_steps_lower_the_loss_and_eval_prints_the_table_of_training(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(data.SPLITS, "test", 80)
     lines = run(tmp_path, "--max-steps 30 --batch-size 16 --sentences 2 --phrases 2")
@@ -89,7 +81,6 @@ def test_thirty_steps_lower_the_loss_and_eval_prints_the_table_of_training(tmp_p
     scores, same = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("scores", "eval"))
     assert scores == same == json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["eval"]
 
-
 @pytest.mark.parametrize("flags", ["--cal none", "--cal bce --amp bf16 --accum 2", "--amp fp16 --size 32",
                                    "--phrases 0 --grad-checkpointing", "--sentences 0 --max-norm 1"])
 def test_other_settings_train(tmp_path, clip, flags, quick):
@@ -98,11 +89,9 @@ def test_other_settings_train(tmp_path, clip, flags, quick):
         assert model.has_trained_pooler == ("none" not in flags)
         assert model.image_size == (32 if "size" in flags else 64)
 
-
 def test_beta_cal_without_weight_is_no_beta_cal(tmp_path, quick):
     none, zero = (run(tmp_path / flags[-1], flags) for flags in ("--cal none", "--cal-weight 0"))
     assert [line["loss"] for line in zero] == pytest.approx([line["loss"] for line in none], abs=1e-5)
-
 
 def test_two_ranks_equal_one_process_with_the_whole_batch(tmp_path, quick):
     driver = """import sys, train
@@ -122,7 +111,6 @@ for flags in sys.argv[1:]:
         torch.testing.assert_close(*losses, atol=1e-5, rtol=0)
         torch.testing.assert_close(*moments, atol=1e-5, rtol=0)
 
-
 @pytest.mark.parametrize("source", ["run", "run/hf", "clip/authors.pt", "clip"])
 def test_a_trained_pooler_goes_on_and_lr_0_trains_it_alone(tmp_path, golden, clip, source, quick,
                                                            monkeypatch, capsys):
@@ -140,7 +128,6 @@ def test_a_trained_pooler_goes_on_and_lr_0_trains_it_alone(tmp_path, golden, cli
         assert f"{start}: {'a fresh pooler' if fresh else 'its pooler is trained on'}" in said
         assert changed(before, models.load(tmp_path / out)) == ({"pooler"} if fresh or lr_pooler else set())
 
-
 def test_the_scenes_start_from_a_base_that_is_trained_once(tmp_path, quick, monkeypatch):
     base, few = tmp_path / "base", "--max-steps 1 --batch-size 8 --workers 0"
     monkeypatch.setattr(train, "BASE", str(base))
@@ -151,7 +138,6 @@ def test_the_scenes_start_from_a_base_that_is_trained_once(tmp_path, quick, monk
         assert len((base / "log.jsonl").read_text().splitlines()) == 3  # a step between two evaluations
     arguments = models.read(base / "checkpoint.pt", "args")["args"]
     assert (arguments["cal"], arguments["sentences"], arguments["model"]) == ("none", 1, "scratch")
-
 
 def test_the_snippets_of_the_model_card_run(tmp_path, quick, capsys):
     run(tmp_path)

@@ -16,20 +16,16 @@ import train
 
 FLAGS = kill.FLAGS + " --workers 0"
 
-
 @pytest.fixture(autouse=True)
 def as_in_processes_that_kill_starts(monkeypatch):
     monkeypatch.setattr(train, "LOG_EVERY", 1)
     monkeypatch.setattr(evaluation, "scenes", lambda model, *_: {"hard": model.pooler.logit_scale.item()})
 
-
 def run(out, flags):
     train.main(f"{FLAGS} --out {out} {flags}".split())
 
-
 def saved(out):
     return torch.load(out / "checkpoint.pt", weights_only=True)
-
 
 def change(monkeypatch, owner, name, calls, act):
     """In these calls, counted from 1, the function `name` of `owner` gives `act` of its result."""
@@ -37,13 +33,11 @@ def change(monkeypatch, owner, name, calls, act):
     choose = lambda result: act(result) if next(count) in calls else result
     monkeypatch.setattr(owner, name, lambda *args: choose(function(*args)))
 
-
 def run_ranks(world, flags, said):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     environ = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=str(world), STDERR=str(said))
     return [kill.start(flags, RANK=str(rank), **environ) for rank in range(world)]
-
 
 def exit_codes(processes):
     for process in processes:
@@ -51,10 +45,8 @@ def exit_codes(processes):
         process.kill()
     return [process.exitcode for process in processes]
 
-
 def test_three_kills_leave_no_trace(tmp_path):
     kill.kill_and_compare(tmp_path, kills=3)
-
 
 @pytest.mark.parametrize("owner, name, call, step", [
     (os, "fsync", 3, 2), (os, "replace", 3, 4), (evaluation, "scenes", 2, 4), (train, "clip_loss", 6, 4)])
@@ -66,7 +58,6 @@ def test_a_run_that_ends_anywhere_goes_on_as_if_it_had_not(tmp_path, monkeypatch
     (tmp_path / "cut").rename(tmp_path / "moved")  # this, and some flags, may change
     run(tmp_path / "moved", "--max-steps 7 --workers 1 --save-every 9 --root other --grad-checkpointing")
     assert kill.lines(tmp_path / "moved") == kill.lines(tmp_path / "whole")
-
 
 @pytest.mark.parametrize("world, number", [(1, SIGTERM), (1, SIGINT), (2, SIGTERM), (2, SIGKILL)])
 def test_a_signal_stops_all_ranks_after_a_step_that_is_saved(tmp_path, world, number):
@@ -84,7 +75,6 @@ def test_a_signal_stops_all_ranks_after_a_step_that_is_saved(tmp_path, world, nu
         assert max(kill.lines(tmp_path)) == ("step", step)
         assert f"{number.name}: stopped after step {step};" in (tmp_path / "said").read_text()
 
-
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, monkeypatch):
     change(monkeypatch, train, "clip_loss", [6], sys.exit)
     pytest.raises(SystemExit, run, tmp_path, "--max-steps 9")
@@ -95,12 +85,10 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, monkeypatch):
     assert seen == pytest.approx([4, 8, 12, 16, 24, 32, 40])
     assert log["step", 5]["lr_pooler"] == pytest.approx(train.cosine(16 / 8, 36 / 8, 1e-3, 1e-4))
 
-
 def test_the_seed_makes_the_run(tmp_path):
     for name, seed in ("a", 3), ("b", 3), ("c", 4):
         run(tmp_path / name, f"--max-steps 2 --seed {seed}")
     assert kill.lines(tmp_path / "a") == kill.lines(tmp_path / "b") != kill.lines(tmp_path / "c")
-
 
 @pytest.mark.parametrize("amp, skipped", [("off", [3, 4]), ("fp16", [1, 3, 4])])  # the first finds a scale
 def test_bad_steps_change_nothing_and_are_counted(tmp_path, monkeypatch, amp, skipped):
@@ -112,7 +100,6 @@ def test_bad_steps_change_nothing_and_are_counted(tmp_path, monkeypatch, amp, sk
     assert log["step", 7]["skipped"] == len(skipped)
     assert all(state["step"] == 7 - len(skipped) for state in optimizer["state"].values())
 
-
 def test_three_bad_steps_in_a_row_end_the_run(tmp_path, monkeypatch, refused):
     monkeypatch.setattr(train, "LOG_EVERY", 10)
     change(monkeypatch, train, "beta_cal", [4, 5, 6], lambda loss: loss * torch.nan)
@@ -121,13 +108,11 @@ def test_three_bad_steps_in_a_row_end_the_run(tmp_path, monkeypatch, refused):
     assert "β-CAL nan)" in error and saved(tmp_path)["step"] == 5
     assert all(x.isfinite().all() for x in saved(tmp_path)["model"].values())
 
-
 def test_max_norm_limits_the_gradient(tmp_path):
     run(tmp_path, "--max-steps 1 --max-norm 0.001")
     moments = [state["exp_avg"] for state in saved(tmp_path)["optimizer"]["state"].values()]
     assert torch.nn.utils.get_total_norm(moments) == pytest.approx(0.1 * 0.001, rel=1e-3)  # β1 is 0.9
     assert kill.lines(tmp_path)["step", 1]["grad_norm"] > 0.01  # what it was
-
 
 def test_a_full_disk_leaves_what_was_saved_before(tmp_path, refused):
     mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", tmp_path]
@@ -139,7 +124,6 @@ def test_a_full_disk_leaves_what_was_saved_before(tmp_path, refused):
         assert saved(tmp_path)["step"] == 0 and not list(tmp_path.glob("*.tmp"))
     finally:
         subprocess.run(["umount", "--lazy", tmp_path], check=True)
-
 
 @pytest.mark.parametrize("change, length, complaint", [
     (dict, 0, "no checkpoint"), (dict, -1000, "no checkpoint"), (list, None, "no checkpoint"),
