@@ -187,7 +187,7 @@ class BetaCLIP(nn.Module):
         return self.clip.text_projection(text.final_layer_norm(x))[texts.rows]           # [N, D]
 
     def forward(self, pixels, texts, owner):
-        """Images, N queries, the image of each, owner [N] -> cls [B, D], text [N, D], pooled [N, D] or None."""
+        """Images, N queries, the image of each, owner [N] -> cls [B, D], text, pooled [N, D] (or None)."""
         cls, patches = self.encode_image(pixels)
         text = self.encode_text(texts)
         return cls, text, self.pooler(text, owner, patches) if self.has_trained_pooler else None

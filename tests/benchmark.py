@@ -98,7 +98,7 @@ def padded(model, batch):
         place = torch.arange(lengths[alike].max())
         ids = tokens[(starts[own, None] + place).clamp(max=len(tokens) - 1)]       # [n, L], any after EOS
         x = text.embeddings.token_embedding(ids.to(model.clip.device))
-        x = x + text.embeddings.position_embedding(place.to(model.clip.device))         # [n, L, W]
+        x = x + text.embeddings.position_embedding(place.to(model.clip.device))    # [n, L, W]
         for layer in text.encoder.layers:
             x = layer(x, attention_mask=None, is_causal=True)
         x = text.final_layer_norm(x)[torch.arange(len(x)), lengths[own] - 1]       # [n, W]
@@ -206,39 +206,25 @@ def photo(width, height):
     noise.resize((width, height)).save(file := io.BytesIO(), "JPEG", quality=90)
     return file
 
-def english():
-    """en_core_web_sm, or an untrained pipeline of its layers and widths."""
-    import spacy
-    from spacy.cli.init_config import init_config
-    with contextlib.suppress(OSError):
-        return spacy.load("en_core_web_sm", exclude=["ner", "lemmatizer"])
-    config = init_config(pipeline=["morphologizer", "parser"])
-    nlp = spacy.util.load_model_from_config(config, auto_fill=True)
-    labels = dict(pos=["DET", "NOUN", "VERB"], heads=[1, 2, 2], deps=["det", "nsubj", "ROOT"])
-    nlp.initialize(lambda: [spacy.training.Example.from_dict(nlp.make_doc("the dog runs"), labels)])
-    return nlp
-
 def loader(device, repeats):
-    """What a loader's process does: texts of samples (6 sentences, 48 phrases), JPEGs of SAM's size."""
-    rng, tokenizer, settings = random.Random(0), data.scenes_tokenizer(), data.QuerySettings()
-    nlp, files = english(), [photo(2250, 1500) for _ in range(6)]
-    matchers = data.phrase_matchers(nlp.vocab)
-    scenes = [data.describe(data.scene("train", index)) for index in range(7 * 64)]
-    short = [[part for phrase in phrases[:4] for part in phrase.split(" on ")] for _, phrases in scenes]
-    rows = Dataset.from_dict({"sentences": [sentences for sentences, _ in scenes[:64]],
-                              "phrases": [short[first:first + 6] for first in range(64, 7 * 64, 6)]})
+    """What a loader's process does: texts of samples (6 sentences, 24 phrases), JPEGs of SAM's size."""
+    rng, tokenizer, files = random.Random(0), data.scenes_tokenizer(), [photo(2250, 1500) for _ in range(6)]
+    nlp, matchers = data.parser()
+    scenes = [data.describe(data.scene("train", index)) for index in range(64)]
+    rows = Dataset.from_dict({"sentences": [sentences for sentences, _ in scenes],
+                              "phrases": [data.parse(sentences) for sentences, _ in scenes]})
 
     def draw(row):
-        chosen = data.draw_sentences(6, settings.sentences, rng)
-        phrases = data.order_phrases([[row["phrases"][i]] for i in chosen])
-        return data.make_queries([row["sentences"][i] for i in chosen], phrases, settings)
+        chosen = data.draw_sentences(6, 5, rng)
+        phrases = data.order_phrases([row["phrases"][i] for i in chosen])
+        return data.make_queries([row["sentences"][i] for i in chosen], phrases, (5, 30))
 
     def ours():
         data.collate([(torch.zeros(3, 1, 1), draw(row), []) for row in rows], tokenizer, models.pack)
 
     def plain():
         for queries in map(draw, rows):
-            data.extract_phrases(nlp(queries[0][0]), matchers)  # not used: untrained, it finds others
+            data.extract_phrases(nlp(queries[0][0]), matchers)
             for text, _ in queries:
                 torch.tensor(tokenizer(text)["input_ids"])
 
@@ -250,7 +236,7 @@ def loader(device, repeats):
                 data.random_crop(image, 224, rng)
 
     fast, slow = (1e3 * seconds / 64 for seconds in in_turn(repeats, ours, plain))
-    line(f"texts of a sample, against spaCy ({nlp.meta['name']}): ms", fast, slow, slow / fast, least=10)
+    line("texts of a sample, against spaCy at each draw: ms", fast, slow, slow / fast, least=10)
     draft, full = (1e3 * s / 6 for s in in_turn(repeats, partial(crops, False), partial(crops, True)))
     line("a JPEG of 2250 x 1500 to 224 x 224, against decoding all: ms", draft, full, full / draft)
     line("samples/s of a core: with such images, texts alone", 1e3 / (draft + fast), 1e3 / fast)
@@ -298,8 +284,7 @@ def steps(device, repeats):
 
 def training(device, rate, name, images, phrases, *options, count=10):
     """A line of train.train_step, another batch at each step; what is recomputed does not count as done."""
-    if device == "cuda":
-        evaluation.own_device()
+    evaluation.init_processes()
     model, optimizer, scaler, args = trainer(device, name, *options)
     drawn = [batch(images if seed else 8, phrases, seed) for seed in range(count + 3)]
     if device == "cuda":
@@ -308,9 +293,9 @@ def training(device, rate, name, images, phrases, *options, count=10):
     with FlopCounterMode(display=False) as counter, mock.patch.object(args, "amp", "off"):
         step()  # of 8 images; in bf16, varlen_attn is not counted
     if args.compile:
-        model.compile_layers()
+        model.wrap_layers(torch.compile)
     if args.grad_checkpointing:
-        model.checkpoint_layers()
+        model.wrap_layers(lambda layer: partial(checkpoint, layer, use_reentrant=False))
     what = " ".join([f"{name}, {images} images, {phrases} phrases", *options])
     try:
         step()
@@ -341,8 +326,7 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.device == "cuda":
-        evaluation.own_device()
+    evaluation.init_processes()
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} CPU threads"
     print(f"{f'{device}, torch {torch.__version__}':<62}    ours   plain   ratio  goal")
     for part in args.only:
