@@ -23,6 +23,7 @@ from transformers.utils import logging
 logging.disable_progress_bar()
 logging.set_verbosity_error()  # its report of missing weights is a page long; `pretrained` raises an error
 FROZEN_POSITIONS = 20  # the first text positions keep their values
+CPU_TOKENS = 4096  # in an MLP at a time on a CPU: larger arrays leave the cache, and malloc maps them anew
 OPENAI = "openai/clip-vit-base-patch16"  # all of OpenAI's CLIPs share its tokenizer
 
 # ----------------------------------------------------------------------------------------------- modules
@@ -124,7 +125,8 @@ def text_layer(layer, x, texts, eos=None):
     x, asking = (x, h) if eos is None else (x[eos], h[eos])
     mixed = attend(attn.q_proj(asking), attn.k_proj(h), attn.v_proj(h), attn.num_heads, texts, eos is None)
     x = x + attn.out_proj(mixed)
-    return x + layer.mlp(layer.layer_norm2(x))
+    parts = [x] if x.is_cuda else x.split(CPU_TOKENS)
+    return torch.cat([part + layer.mlp(layer.layer_norm2(part)) for part in parts])
 
 def image_layer(layer, x):
     """A transformer layer on images: x [B, 1 + P, W] -> [B, 1 + P, W]."""

@@ -117,7 +117,8 @@ def text(device, repeats):
     mlp = narrow.clip.text_model.encoder.layers[0].mlp
     mlp.register_forward_hook(lambda mlp, given, out: tokens.append(len(out)))
     stub = lambda query, key, value, *_: query + (key + value)[:len(query)]
-    with mock.patch.object(models, "attend", stub), torch.autocast("cpu"), Operations() as operations:
+    as_on_a_gpu = mock.patch.multiple(models, attend=stub, CPU_TOKENS=10**9)
+    with as_on_a_gpu, torch.autocast("cpu"), Operations() as operations:
         narrow.encode_text(drawn.texts).sum().backward()
     with mock.patch.object(models, "pack", list):
         real = sum(map(len, {tuple(text) for text in batch().texts}))

@@ -56,7 +56,7 @@ def test_the_first_20_positions_are_stock_and_a_patch_attends_to_itself_alone(cl
     x = last(x, attention_mask=torch.full((65, 65), -torch.inf).fill_diagonal_(0)[None, None])
     assert_close(model.encode_image(pixels)[1], theirs.visual_projection(vision.post_layernorm(x))[:, 1:])
 
-def test_packed_texts_equal_one_at_a_time_and_each_distinct_token_is_processed_once(tiny):
+def test_packed_texts_equal_one_at_a_time_and_each_distinct_token_is_processed_once(tiny, monkeypatch):
     packed = models.pack([[8, 1, 9], [8, 9], [8, 1, 9], [8, 2, 9], [8, 3, 4, 9]])
     assert packed.tokens.tolist() == [8, 9, 8, 1, 9, 8, 2, 9, 8, 3, 4, 9]
     assert packed.positions.tolist() == [0, 1, 0, 1, 2, 0, 1, 2, 0, 1, 2, 3]
@@ -70,6 +70,9 @@ def test_packed_texts_equal_one_at_a_time_and_each_distinct_token_is_processed_o
             part.register_forward_hook(lambda part, inputs, out: processed.append(len(inputs[0])))
     assert_close(tiny.encode_text(texts), alone)
     assert processed == [563] * 3 + [11, 563, 11]  # tokens; in the last layer, EOS of eleven texts
+    monkeypatch.setattr(models, "CPU_TOKENS", 100)
+    assert_close(tiny.encode_text(texts), alone)
+    assert processed[8:14] == [100] * 5 + [63]
 
 @pytest.mark.parametrize("causal", [True, False], ids=["all tokens", "EOS alone"])
 def test_flash_attention_is_asked_for_what_the_cpu_computes(monkeypatch, causal):
