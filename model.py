@@ -231,14 +231,14 @@ def from_authors(state_dict, heads=None):
             part |= {name.replace("qkv", f"{one}_proj"): rows for one, rows in zip("qkv", tensor.chunk(3))}
         else:
             part[name] = tensor
-    for projection, name in (("visual", "image_projection"), ("text", "text_projection")):
-        ours[f"{projection}_projection.weight"] = ours.pop(name).T
+    ours["visual_projection.weight"] = ours.pop("image_projection").T
+    ours["text_projection.weight"] = ours.pop("text_projection").T
     image, text = "vision_model.embeddings.", "text_model.embeddings."
     ours[image + "class_embedding"] = ours[image + "class_embedding"].flatten()
     ours[image + "position_embedding.weight"] = ours[image + "position_embedding.weight"][0]
     frozen, learned = ours.pop("positional_embedding"), ours.pop("positional_embedding_res")
-    ours[text + "position_embedding.weight"] = torch.cat([frozen[:FROZEN_POSITIONS],
-                                                          learned[FROZEN_POSITIONS:]])
+    positions = torch.cat([frozen[:FROZEN_POSITIONS], learned[FROZEN_POSITIONS:]])
+    ours[text + "position_embedding.weight"] = positions
 
     def tower(part):
         width = len(ours[f"{part}.encoder.layers.0.layer_norm1.weight"])
@@ -264,21 +264,19 @@ def from_authors(state_dict, heads=None):
     return model
 
 def read(path, name):
-    """The dict in a torch file, which has `name`; no pickle is executed. Raises ValueError, OSError."""
+    """The dict in a torch file, which has `name`; no pickle is executed. Raises OSError."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the authors' checkpoints hold one
             saved = torch.load(path, map_location="cpu", weights_only=True)
         return saved | {name: saved[name]}
-    except OSError:
-        raise
     except Exception as error:
-        raise ValueError(f"{path} holds no {name}, or more than tensors and plain values") from error
+        raise OSError(f"{path} is no checkpoint with {name}, of tensors and plain values: {error}") from error
 
 def load(source, heads=None, size=None):
     """A run's folder, an authors' .pt, or a Hugging Face CLIP (folder or hub name) -> BetaCLIP, on the CPU.
 
     heads: of the authors' towers, where a head is not 64 wide; size: pixels of an image's side, where not the
-    model's own. Raises OSError, ValueError, and what torch and transformers raise.
+    model's own. Raises OSError, ValueError, and what transformers raise.
     """
     if Path(source).suffix == ".pt":
         model = from_authors(read(source, "state_dict")["state_dict"], heads)

@@ -139,5 +139,5 @@ def test_a_folder_of_something_else_is_refused_and_kept(tmp_path, refused, chang
     file.write_bytes(file.read_bytes()[:length])
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     error = refused(train.main, *FLAGS.split(), "--max-steps", 1, "--out", tmp_path)
-    assert f"--out {tmp_path} holds {complaint}" in error
+    assert str(tmp_path) in error and complaint in error
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
