@@ -1,7 +1,7 @@
 """Images, queries and batches: what a training step is fed (paper, section 4).
 
 A sample is an image and its queries, a list of (text, level): the caption, its sentences, its phrases.
-`Captions` reads whatever `datasets` reads. `Scenes`, last in this file, draws its own pictures.
+`Captions` reads whatever `datasets` reads. `Scenes`, last in this file, paints its own pictures.
 """
 
 import argparse
@@ -422,7 +422,7 @@ def describe(scene):
     phrases += ["a {size} {colour} {shape} on a {texture} card".format(**o) for o in objects]
     return sentences, phrases
 
-def draw(scene):
+def paint(scene):
     """The scene as a PIL image of SIZE x SIZE."""
     image = Image.new("RGB", (SIZE, SIZE), BACKGROUNDS[scene["background"]])
     for thing in scene["objects"]:
@@ -474,7 +474,7 @@ class Scenes:
         return SPLITS["train"]
 
     def __getitem__(self, position):
-        drawn, rng = scene("train", position[1]), random.Random(f"{self.seed} {position}")
-        sentences, phrases = describe(drawn)
+        chosen, rng = scene("train", position[1]), random.Random(f"{self.seed} {position}")
+        sentences, phrases = describe(chosen)
         sentences = [sentences[i] for i in draw_sentences(len(sentences), self.counts[0], rng)]
-        return to_pixels(draw(drawn), self.size), make_queries(sentences, phrases, self.counts), []
+        return to_pixels(paint(chosen), self.size), make_queries(sentences, phrases, self.counts), []

@@ -172,7 +172,7 @@ def pointing(model, tokenizer, images, descriptions):
     """
     texts = embed_texts(model, tokenizer, descriptions).unflatten(0, (-1, 4))         # [I, 4, D]
     found = torch.zeros(len(images), device=model.clip.device)
-    for part, _, _, patches in encode_images(model, data.draw, images):
+    for part, _, _, patches in encode_images(model, data.paint, images):
         heat = texts[part] @ F.normalize(patches, dim=-1).transpose(1, 2)             # [b, 4, P]
         half = int(heat.shape[2] ** 0.5) // 2
         quarters = F.avg_pool2d(heat.unflatten(2, (2 * half, 2 * half)), half).flatten(2)         # [b, 4, 4]
@@ -197,13 +197,13 @@ def zero_shot(model, tokenizer, dataset):
 
 def scenes(model, tokenizer, split="test"):
     """The built-in benchmark: FG-OVD's protocol and `pointing` on the original scenes, retrieval on all."""
-    drawn = [data.scene(split, index) for index in range(data.SPLITS[split])]
-    rows, originals = data.scene_boxes(split), drawn[::data.SIBLINGS]
+    every = [data.scene(split, index) for index in range(data.SPLITS[split])]
+    rows, originals = data.scene_boxes(split), every[::data.SIBLINGS]
     levels = {level: [(row["image"], row["box"], row[level]) for row in rows] for level in FGOVD}
-    scores = fine_grained(model, tokenizer, data.draw, originals, levels)
+    scores = fine_grained(model, tokenizer, data.paint, originals, levels)
     scores["pointing"] = pointing(model, tokenizer, originals, [row["hard"][0] for row in rows])
-    captions = [". ".join(data.describe(scene)[0]) for scene in drawn]
-    return scores | retrieval(model, tokenizer, data.draw, drawn, captions, range(len(drawn)))
+    captions = [". ".join(data.describe(scene)[0]) for scene in every]
+    return scores | retrieval(model, tokenizer, data.paint, every, captions, range(len(every)))
 
 # ------------------------------------- readers: each yields (image, captions), an image by its name in root
 def urban1k(root):
@@ -386,7 +386,7 @@ def tile(image, label, heat=None):
 def draw_heatmaps(loaded, name, queries):
     """loaded: {source: (model, tokenizer)}; name: an image's, or scene:40 -> a row per model and kind."""
     index = name.removeprefix("scene:")
-    image = (data.draw(data.scene("test", int(index))) if index.isdigit()
+    image = (data.paint(data.scene("test", int(index))) if index.isdigit()
              else open_image({"bytes": None, "path": name}, root="."))
     rows = []
     for source, (model, tokenizer) in loaded.items():

@@ -126,7 +126,8 @@ def test_a_draw_has_one_of_its_rows_captions_and_the_phrases_that_the_row_brings
     samples = read(NAMES, sentences=1, phrases=9)
     assert len(samples) == 2  # without those that have no caption
     drawn = {tuple(text for text, _ in samples[draw // 2, draw % 2][1][1:]) for draw in range(40)}
-    assert drawn == {("A red dog sits", "red dog", "cat"), ("A cat sleeps", "red dog", "cat"), ("One",), ("Two",)}
+    assert drawn == {("A red dog sits", "red dog", "cat"), ("A cat sleeps", "red dog", "cat"),
+                     ("One",), ("Two",)}
 
 def test_odd_images_are_trained_on_right():
     noise = Image.open(picture(IMAGES / "noise.png", (60, 50)))
@@ -185,7 +186,7 @@ def test_up_to_one_per_cent_of_the_images_may_be_unreadable():
     ([{"photo": "a.png", "caption": "x"}], "a.json cannot be read: no column image, but photo, caption", ""),
     ([ROW], "no column photo or text, but image, caption", "--columns photo,text"),
     ([ROW], "no column , but image, caption", "--columns image"),
-    ([ROW | {"image": "https://x.org/a.png"}], "'image' must hold images, or names of files, no https://", ""),
+    ([ROW | {"image": "https://x.org/a.png"}], "'image' must hold images, or names of files, no http", ""),
     ([ROW | {"image": ["a.png"]}], "a.json cannot be read: Cannot", ""),
     ([ROW | {"caption": 7}], "a.json cannot be read: captions must be texts", ""),
     ([ROW, ROW | {"caption": 7}], "texts, or lists of texts", ""),

@@ -27,7 +27,7 @@ def test_no_two_splits_share_a_scene_and_siblings_differ_in_one_attribute():
             different = [name for ours, theirs in objects for name in ours if ours[name] != theirs[name]]
             assert len(different) == 1 and {*different} <= {*data.ATTRIBUTES}  # no shape, no box
             assert sibling["background"] == group[0]["background"]
-        assert len({data.draw(scene).tobytes() for scene in group}) == data.SIBLINGS
+        assert len({data.paint(scene).tobytes() for scene in group}) == data.SIBLINGS
 
 def test_the_tokenizer_is_always_the_same_with_one_token_a_word_and_long_captions(tokenizer):
     code = "import data; print(sorted(data.scenes_tokenizer().get_vocab().items()))"
@@ -45,7 +45,7 @@ def test_the_tokenizer_is_always_the_same_with_one_token_a_word_and_long_caption
 def test_boxes_are_the_cards_and_their_expressions_differ_as_their_level_says():
     for number, row in enumerate(data.scene_boxes("test")):
         scene, place = data.scene("test", row["image"] * data.SIBLINGS), number % 4
-        thing, image, (x, y, w, h) = scene["objects"][place], data.draw(scene), row["box"]
+        thing, image, (x, y, w, h) = scene["objects"][place], data.paint(scene), row["box"]
         assert (x // 32, y // 32) == ((x + w - 1) // 32, (y + h - 1) // 32) == (place % 2, place // 2)
         assert image.getpixel((x + w // 2, y + h // 2)) == data.COLOURS[thing["colour"]]
         for corner in ((x, y), (x + w - 1, y + h - 1)) if thing["texture"] == "plain" else ():

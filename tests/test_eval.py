@@ -42,7 +42,8 @@ def test_recall_by_hand():
         assert set(evaluation.recall(torch.full((20, 20), score), torch.arange(20)).values()) == {0}
 
 def test_hits_and_box_embeddings_by_hand():
-    for scores, good in ([.5, .5, .1], True), ([.5, .6, .1], False), ([.5, .4], True), ([torch.nan] * 2, False):
+    rows = ([.5, .5, .1], True), ([.5, .6, .1], False), ([.5, .4], True), ([torch.nan] * 2, False)
+    for scores, good in rows:
         assert evaluation.hit(torch.tensor(scores)) == good
     patches = F.one_hot(torch.arange(16), 16).float()[None]         # 4 x 4 patches, each its own direction
     boxes = torch.tensor([[.25, .5, .25, .25], [0, 0, .5, .5]])     # patch (2, 1); the four at the top left
@@ -212,7 +213,8 @@ def test_zero_shot_averages_templates(stand_ins, clip, scores, monkeypatch):
         order = F.cosine_similarity(stock.image(path), classes).argsort(descending=True).tolist()
         ranks.append(order.index(names.index(path.parent.name)))
     _, found = scores("--bench", "food101", "--root", root, "--ckpt", clip)
-    assert found["food101"] == pytest.approx({f"top-{k}": 100 * sum(rank < k for rank in ranks) / 36 for k in (1, 5)})
+    top = {f"top-{k}": 100 * sum(rank < k for rank in ranks) / 36 for k in (1, 5)}
+    assert found["food101"] == pytest.approx(top)
 
 def test_two_ranks_equal_one(stand_ins, clip, scores, tmp_path, monkeypatch):
     monkeypatch.setitem(data.SPLITS, "test", 40)
@@ -255,7 +257,7 @@ def test_urban1k_is_fetched_or_asked_for(stand_ins, clip, scores, refused, tmp_p
     flags = ["--bench", "urban1k", "--root", new, "--ckpt", clip]
     monkeypatch.setattr(evaluation, "URBAN1K", "file:///nowhere/Urban1k.zip")
     error = refused(evaluation.main, *flags).split(": ", 1)[1]
-    assert error.startswith("file:///nowhere/Urban1k.zip cannot be fetched") and f"unpack it in {new}" in error
+    assert error.startswith(f"{evaluation.URBAN1K} cannot be fetched") and f"unpack it in {new}" in error
     archive = shutil.make_archive(tmp_path / "Urban1k", "zip", root, "Urban1k")
     fetch = lambda url, to: shutil.unpack_archive(archive, to)
     monkeypatch.setattr(evaluation, "download_and_extract_archive", fetch)

@@ -145,7 +145,7 @@ def test_stock_transformers_load_the_export_and_agree(tiny, tokenizer, tmp_path)
     models.export(tiny, tokenizer, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | {"attn_implementation": "eager"}
     write(tmp_path / "config.json", config)
-    image, processor = data.draw(data.scene("test", 0)), CLIPProcessor.from_pretrained(tmp_path)
+    image, processor = data.paint(data.scene("test", 0)), CLIPProcessor.from_pretrained(tmp_path)
     captions = ["a red star on a striped card", "a red star " * 100]  # the latter is cut
     inputs = processor(text=captions, images=image, return_tensors="pt", padding=True, truncation=True)
     assert inputs.input_ids.shape == (2, 248)

@@ -107,7 +107,8 @@ for flags in sys.argv[1:]:
         run(tmp_path / name, f"{more} --max-steps 3 --batch-size 16")
         runs = tmp_path / name, tmp_path / f"{name}-2"
         losses = [[(line["l_clip"], line["l_cal"]) for line in log(out)] for out in runs]
-        moments = [models.read(out / "checkpoint.pt", "optimizer")["optimizer"]["state"] for out in runs]  # Adam's
+        read = lambda out: models.read(out / "checkpoint.pt", "optimizer")["optimizer"]["state"]
+        moments = [read(out) for out in runs]  # Adam's
         torch.testing.assert_close(*losses, atol=1e-5, rtol=0)
         torch.testing.assert_close(*moments, atol=1e-5, rtol=0)
 
