@@ -260,7 +260,7 @@ def test_urban1k_is_fetched_or_asked_for(stand_ins, clip, scores, refused, tmp_p
     assert error.startswith(f"{evaluation.URBAN1K} cannot be fetched") and f"unpack it in {new}" in error
     archive = shutil.make_archive(tmp_path / "Urban1k", "zip", root, "Urban1k")
     fetch = lambda url, to: shutil.unpack_archive(archive, to)
-    monkeypatch.setattr(evaluation, "download_and_extract_archive", fetch)
+    monkeypatch.setattr(evaluation.datasets.utils, "download_and_extract_archive", fetch)
     assert scores(*flags)[1]["urban1k"] == Stock(clip).recall(root, pairs["urban1k"])
 
 def test_heatmaps_equal_their_definitions(clip, tmp_path):
