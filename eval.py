@@ -189,12 +189,11 @@ def sv1k(path):
     for image, captions in islice(file(path), data.HELD_OUT):
         yield image, [data.clean(text) for text in captions]
 
-def dci(folder, short=False):
+def dci(folder, keys=("extra_caption",)):
     splits = json.loads((folder / "splits.json").read_text())
     for name in sorted(sum(splits.values(), [])):
         row = json.loads((folder / "annotations" / name).with_suffix(".json").read_text())
-        caption = f"{row['short_caption']}\n{row['extra_caption']}" if short else row["extra_caption"]
-        yield f"{folder.name}/photos/{row['image']}", [caption]
+        yield f"{folder.name}/photos/{row['image']}", ["\n".join(row[key] for key in keys)]
 
 def coco(path):
     whole, captions = json.loads(path.read_text()), {}
@@ -226,7 +225,7 @@ RETRIEVAL = {  # what lies under --root, and its reader
     "urban1k": ("Urban1k", urban1k),
     "sv1k": (data.SHAREGPT4V, sv1k),
     "dci": ("densely_captioned_images", dci),
-    "dci-short": ("densely_captioned_images", partial(dci, short=True)),
+    "dci-short": ("densely_captioned_images", partial(dci, keys=("short_caption", "extra_caption"))),
     "coco": ("captions_val2017.json", coco),
     "flickr30k": ("dataset_flickr30k.json", flickr30k),
 }
