@@ -111,7 +111,7 @@ def hit(scores):
     return scores[0] >= scores[1:].max()
 
 def box_embeddings(patches, boxes, image):
-    """Boxes [R, 4] (x, y, w, h, parts of image [R]), patches [B, P, D] -> RoIAlign, L2-normalised [R, D]."""
+    """RoIAlign of boxes [R, 4] (x, y, w, h as fractions) of images [R], patches [B, P, D] -> [R, D]."""
     side = int(patches.shape[1] ** 0.5)
     grid = patches.transpose(1, 2).unflatten(2, (side, side))                         # [B, D, side, side]
     rois = torch.cat([image[:, None], box_convert(boxes, "xywh", "xyxy") * side], 1)  # [R, 5]
@@ -124,10 +124,10 @@ def retrieval(model, tokenizer, load, items, rows):
     return recall(texts @ embed_images(model, load, items).T, owner)
 
 def fine_grained(model, tokenizer, load, items, splits):
-    """{split: [(place in items, box x, y, w, h in pixels, [positive, *negatives])]} -> {split: per cent}."""
+    """FG-OVD. {split: [(place in items, box (x, y, w, h), [positive, *negatives])]} -> {split: per cent}."""
     places, boxes, rows = zip(*(row for split in splits.values() for row in split))
     places = torch.tensor(places, device=model.clip.device)                           # [R]
-    boxes = torch.tensor(boxes, dtype=torch.float, device=places.device)              # [R, 4]
+    boxes = torch.tensor(boxes, dtype=torch.float, device=places.device)              # [R, 4] in pixels
     regions = torch.zeros(len(rows), model.dim, device=places.device)
     for part, sizes, _, patches in encode_images(model, load, items, whole=True):  # once for all splits
         own, image = (places[:, None] == torch.tensor(part, device=places.device)).nonzero().T
