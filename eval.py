@@ -322,11 +322,12 @@ def tile(image, label, heat=None):
     image = image.resize((TILE, TILE), Image.Resampling.BICUBIC)
     if heat is not None:
         label += f"\n{heat.min():.4f} to {heat.max():.4f}"
-        heat = Image.fromarray(230 * (heat - heat.min()) / max(np.ptp(heat), 1e-9))
-        heat = heat.resize(image.size, Image.Resampling.BICUBIC).convert("L")
-        image = Image.composite(Image.new("RGB", image.size, "red"), image.convert("L").convert("RGB"), heat)
+        heat = ((heat - heat.min()) / max(np.ptp(heat), 1e-9)) ** 2  # squared, the peaks stand out
+        heat = Image.fromarray(255 * heat).resize(image.size, Image.Resampling.BICUBIC).convert("L")
+        grey = image.convert("L").point(lambda value: 110 + value // 2).convert("RGB")
+        image = Image.composite(Image.new("RGB", image.size, "red"), grey, heat)
     sheet = ImageOps.expand(image, (6, 6, 6, LABEL - 6), "white")
-    ImageDraw.Draw(sheet).text((6, TILE + 12), label, "black", font_size=16)
+    ImageDraw.Draw(sheet).text((6, TILE + 12), label, "black", font_size=14)
     return sheet
 
 def draw_heatmaps(args, sources):
@@ -339,8 +340,8 @@ def draw_heatmaps(args, sources):
     rows = []
     for source in sources:
         for kind, maps in heatmaps(*load(source, args.size), image, queries).items():
-            tiles = [tile(image, query[:38], heat) for query, heat in zip(queries, maps)]
-            rows.append(np.hstack([tile(image, f"{str(source)[-38:]}\n{kind}"), *tiles]))
+            tiles = [tile(image, query[:46], heat) for query, heat in zip(queries, maps)]
+            rows.append(np.hstack([tile(image, f"{str(source)[-46:]}\n{kind}"), *tiles]))
     Image.fromarray(np.vstack(rows)).save(args.out)
     print(args.out)
 
@@ -367,10 +368,10 @@ def main(argv=None):
     add("--heatmap", nargs="+", metavar=("IMAGE", "QUERY"), help="see above; IMAGE: a file, or scene:40")
     add("--out", default="heat.png", help="where --heatmap draws")
     args = parser.parse_args(argv)
-    runs = sorted(Path("runs").glob("*/hf"), key=lambda path: path.stat().st_mtime)
+    runs = sorted(Path("runs").glob("*/hf/config.json"), key=lambda path: path.stat().st_mtime)
     if not args.ckpt and not runs:
         raise data.InputError("no run under runs/: train one, `torchrun train.py --beta 0.5`, or pass --ckpt")
-    sources = args.ckpt or [runs[-1].parent]
+    sources = args.ckpt or [runs[-1].parents[1]]
     if args.heatmap:
         return draw_heatmaps(args, sources)
     model, tokenizer = load(sources[0], args.size)
