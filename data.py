@@ -31,9 +31,12 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 TOKEN_LIMITS = {"caption": 248, "sentence": 248, "phrase": 30}  # of a query, by its level (see make_queries)
 LEVELS = tuple(TOKEN_LIMITS)                                    # a batch's `level` counts in this order
+QUOTES = str.maketrans("’‘“”", "''\"\"")  # OpenAI's tokenizer straightens them, Hugging Face's does not
 CAPTION_SENTENCES = 5  # sentences that make a caption where no sentence is a query
 SHAREGPT4V = "share-captioner_coco_lcs_sam_1246k_1107.json"
 HELD_OUT = 1000        # first rows of ShareGPT4V, which are the test set SV-1k
+UNREADABLE = (OSError, ValueError, TypeError, AttributeError, SyntaxError, RuntimeError,
+              Image.DecompressionBombError)  # what PIL raises of images, and Python of none
 
 class InputError(ValueError):
     """Something that the user can mend; its message says what is wrong, where, and what to do."""
@@ -44,8 +47,7 @@ def user_errors():
     try:
         yield
     except (InputError, OSError) as error:
-        message = " ".join(str(error).split())[:600]
-        tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        tqdm.write(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())[:600]}", file=sys.stderr)
         raise SystemExit(2) from error
 
 def argument_parser(description):
@@ -65,21 +67,19 @@ def clean(caption):
 def split_sentences(caption):
     return [sentence.strip() for sentence in caption.split(". ") if sentence.strip()]
 
-PLACE_NOUNS = "left right top bottom front back middle center".split()
-PLACE_WORDS = "inside outside above below under over centered frontside backside near nearby far".split()
-
 def phrase_matchers(vocab):
     """spaCy matchers of noun phrases with a place, of actions, and of places."""
     from spacy.matcher import Matcher
+    sides = "left right top bottom front back middle center".split()
+    others = "inside outside above below under over centered frontside backside near nearby far".split()
+    side, place = {"LOWER": {"IN": sides}}, {"LOWER": {"IN": sides + others}}
     determiner, the, of = {"POS": "DET", "OP": "?"}, {"LOWER": "the", "OP": "?"}, {"LOWER": "of", "OP": "?"}
     words, preposition = {"POS": {"IN": ["ADJ", "NOUN", "PROPN"]}, "OP": "+"}, {"POS": "ADP"}
     nouns, actions, places = Matcher(vocab), Matcher(vocab), Matcher(vocab)
-    nouns.add("phrase", [[determiner, words, preposition, the, {"LOWER": {"IN": PLACE_NOUNS}}, of]],
-              greedy="LONGEST")
+    nouns.add("phrase", [[determiner, words, preposition, the, side, of]], greedy="LONGEST")
     actions.add("phrase", [[{"POS": "VERB"}, preposition]], greedy="LONGEST")
-    places.add("phrase", [[{"LOWER": "next", "POS": "ADV"}, {"LOWER": "to", "POS": "ADP"}],
-                          [preposition, determiner, {"LOWER": {"IN": PLACE_NOUNS + PLACE_WORDS}}, of]],
-               greedy="LONGEST")
+    next_to = [{"LOWER": "next", "POS": "ADV"}, {"LOWER": "to", "POS": "ADP"}]
+    places.add("phrase", [next_to, [preposition, determiner, place, of]], greedy="LONGEST")
     return nouns, actions, places
 
 def extract_phrases(doc, matchers):
@@ -127,17 +127,16 @@ def make_queries(sentences, phrases, counts):
 # ------------------------------------------------------------------------ captions and images on disk
 def read_rows(source, columns=None, splits=("train",)):
     """A JSON, JSON lines or parquet file (or a glob), a folder, a hub name -> datasets.Dataset, the names of
-    its columns of images and captions. It is the first of `splits` that the source has, or else any split.
+    its columns of images (undecoded) and captions. The first of `splits` that is there is read, or else any.
     """
-    source = str(source)
     kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(Path(source).suffix)
-    if not kind and not Path(source).is_dir() and source.count("/") != 1:
+    if not kind and not Path(source).is_dir() and str(source).count("/") != 1:
         raise InputError(f"{source}: no .json, .jsonl or .parquet file, no folder, no hub name (OWNER/NAME)")
     try:
-        found = datasets.load_dataset(kind or source, data_files=source if kind else None)
+        found = datasets.load_dataset(kind or str(source), data_files=str(source) if kind else None)
         rows = found[next(split for split in [*splits, *found] if split in found)]
         if "annotations" in rows.column_names:
-            rows = datasets.load_dataset(kind, data_files=source, field="annotations", split="train")
+            rows = datasets.load_dataset(kind, data_files=str(source), field="annotations", split="train")
         default = "image,conversations" if "conversations" in rows.column_names else "image,caption"
         image, _, caption = (columns or default).partition(",")
         if missing := {image, caption} - {*rows.column_names}:
@@ -162,17 +161,14 @@ def captions_of(value):
     return answers[:1] or [text for text in texts if isinstance(text, str) and text.strip()]
 
 def split_captions(batch, indices, column, with_phrases):
-    """Columns of rows -> row (index), sentences ([C][S] str), phrases ([C][S][kind] lists), C captions a row.
-    Rows without a caption are left out. Phrases that a row brings go with each of its sentences.
-    """
-    kept = []
+    """Columns of rows -> row (index), sentences [C][S], phrases [C][S][kind] of rows with C > 0 captions."""
+    kept = []  # (index, captions, phrases that the row brings; these go with each of its sentences)
     for index, value, given in zip(indices, batch[column], batch.get("phrases", [None] * len(indices))):
         captions = [split_sentences(clean(caption)) for caption in captions_of(value)]
         if any(captions):
             kept.append((index, [sentences for sentences in captions if sentences], given))
-    unparsed = [sentence for _, captions, given in kept if given is None and with_phrases
-                for sentence in itertools.chain(*captions)]
-    parsed = dict(zip(unparsed, parse(unparsed))) if unparsed else {}
+    unparsed = [s for _, captions, given in kept if given is None for s in itertools.chain(*captions)]
+    parsed = dict(zip(unparsed, parse(unparsed))) if unparsed and with_phrases else {}
     phrases = [[[parsed.get(sentence, [given or [], [], []]) for sentence in caption] for caption in captions]
                for _, captions, given in kept]
     rows, sentences = [index for index, *_ in kept], [captions for _, captions, _ in kept]
@@ -182,22 +178,20 @@ class Captions:
     """Images and captions on disk: (epoch, index) -> pixels uint8 [3, size, size], queries, unreadable."""
 
     def __init__(self, source, root, size, counts=(5, 30), seed=0, columns=None):
-        self.root, self.size, self.counts, self.seed = root, size, counts, seed
-        self.rows, self.image, caption = read_rows(source, columns)
+        rows, self.image, caption = read_rows(source, columns)
         if Path(source).name == SHAREGPT4V:
-            self.rows = self.rows.select(range(HELD_OUT, len(self.rows)))
-        columns = [name for name in (caption, "phrases") if name in self.rows.column_names]
-        settings = {"column": caption, "with_phrases": counts[1] > 0}
-        number, text = datasets.Value("int64"), datasets.Value("string")
+            rows = rows.select(range(HELD_OUT, len(rows)))
+        self.rows, self.root, self.size, self.counts, self.seed = rows, root, size, counts, seed
+        columns = [name for name in (caption, "phrases") if name in rows.column_names]
+        settings, text = {"column": caption, "with_phrases": counts[1] > 0}, datasets.Value("string")
+        features = datasets.Features(row=datasets.Value("int64"), sentences=[[text]], phrases=[[[[text]]]])
         # once for these rows, settings and this file: the first process works, the others wait for its cache
-        code = Path(__file__).read_bytes()
-        key = datasets.fingerprint.Hasher.hash((self.rows._fingerprint, code, settings))
+        key = datasets.fingerprint.Hasher.hash((rows._fingerprint, settings, Path(__file__).read_bytes()))
         with FileLock(Path(datasets.config.HF_DATASETS_CACHE, f"beta_clip_{key}.lock")):
-            self.captions = self.rows.select_columns(columns).map(
+            self.captions = rows.select_columns(columns).map(
                 split_captions, fn_kwargs=settings, with_indices=True, batched=True, remove_columns=columns,
-                features=datasets.Features(row=number, sentences=[[text]], phrases=[[[[text]]]]),
-                num_proc=min(len(os.sched_getaffinity(0)), len(self.rows) // 1000) or None,
-                new_fingerprint=key, desc="captions to queries")
+                features=features, new_fingerprint=key, desc="captions to queries",
+                num_proc=min(len(os.sched_getaffinity(0)), len(rows) // 1000) or None)
 
     def __len__(self):
         return len(self.captions)
@@ -221,9 +215,6 @@ class Captions:
         return pixels, make_queries(sentences, phrases, self.counts), unreadable
 
 # ----------------------------------------------------------------------------------------------- images
-UNREADABLE = (OSError, ValueError, TypeError, AttributeError, SyntaxError, RuntimeError,
-              Image.DecompressionBombError)  # what PIL raises of images, and Python of none
-
 def open_image(image, root):
     """A value of the image column, a name under `root` or {"bytes", "path"} -> PIL image, not decoded yet."""
     if isinstance(image, dict):  # `datasets` found it, or it came with its bytes
@@ -239,7 +230,7 @@ def rgb(image):
     return image.convert("RGB")
 
 def to_pixels(image, size, whole=False):
-    """A PIL image -> pixels uint8 [3, size, size]: its centre, or the whole in another aspect (FG-OVD)."""
+    """A PIL image -> pixels uint8 [3, size, size]: its centre, or the whole, aspect ignored (FG-OVD)."""
     image = rgb(image)
     image = image.resize((size, size)) if whole else resize(image, size, Image.Resampling.BICUBIC)
     return pil_to_tensor(center_crop(image, size))
@@ -263,8 +254,6 @@ def normalize(pixels):
     return (pixels.float() / 255 - mean) / std
 
 # ----------------------------------------------------------------------------------- samples to batches
-QUOTES = str.maketrans("’‘“”", "''\"\"")  # OpenAI's tokenizer straightens them, Hugging Face's does not
-
 def tokenize(tokenizer, texts, limits=itertools.repeat(TOKEN_LIMITS["caption"])):
     """Texts -> lists of token ids, BOS … EOS. One longer than its limit is cut so that EOS stays its last."""
     encoded = tokenizer.backend_tokenizer.encode_batch_fast([text.translate(QUOTES) for text in texts])
@@ -297,7 +286,7 @@ def collate(samples, tokenizer, pack, captions_only=False):
                  captions=counts.cumsum(0) - counts, unreadable=sum(unreadable, []))
 
 def batches(size, batch, start, stop, rank=0, world=1, seed=0):
-    """One rank's batches, lists of (epoch, index): images `start` to `stop` of the stream that all ranks share,
+    """One rank's batches, lists of (epoch, index): images `start` to `stop` of a stream that all ranks share,
     the data set shuffled anew each epoch. A micro-step takes the next `world` x `batch` of it.
     """
     shuffled = functools.lru_cache(1)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(size))
@@ -306,8 +295,8 @@ def batches(size, batch, start, stop, rank=0, world=1, seed=0):
         yield [(epoch, int(shuffled(epoch)[place])) for epoch, place in places]
 
 # ----------------------------------------------------------------------------------------------- scenes
-# Learned in minutes, as each attribute fills patches of its own. Objects are many (3,456), so that a batch has
-# few false negatives; backgrounds are few, as a model that tells images apart by them ignores the objects.
+# Learned in minutes, as each attribute fills patches of its own. Of 3,456 objects, a batch seldom has one twice,
+# a false negative. Backgrounds are few: a model that tells images apart by them ignores the objects.
 SIZE, CARD = 64, 29  # pixels of a picture's side, of which a quarter holds a card, and of the card's
 SIDE = {"small": 13, "large": 23}  # pixels of an object on its card
 SPLITS = {"train": 80_000, "val": 1_000, "test": 1_000}
@@ -334,7 +323,7 @@ PLACES = ("top left", "top right", "bottom left", "bottom right")
 
 def scene(split, index):
     """A scene: {"objects": four, in the order of PLACES, "background": its name}. An object has ATTRIBUTES,
-    `shape`, and `box` (x, y, w, h in pixels). The first of SIBLINGS is the original, which the others change.
+    `shape` and `box` (x, y, w, h in pixels). Of a group of SIBLINGS, the first is the original.
     """
     group, member = (index, 0) if split == "train" else divmod(index, SIBLINGS)
     rng, objects = random.Random(f"{split} {group}"), []
@@ -387,9 +376,7 @@ def paint(scene):
     return image
 
 def scene_boxes(split):
-    """FG-OVD's protocol on the objects of original scenes -> dicts: `image` (which of them), `box`, and for
-    each of hard, medium, easy and trivial 11 expressions, the positive first.
-    """
+    """FG-OVD's rows, dicts: `image` (which original), `box`, for each level 11 texts, the positive first."""
     rows, originals = [], [scene(split, i)["objects"] for i in range(0, SPLITS[split], SIBLINGS)]
     for group, objects in enumerate(originals):
         foreign = {expression(o) for i in (1, 2, 3, 4) for o in originals[(group + i) % len(originals)]}
