@@ -295,8 +295,8 @@ def batches(size, batch, start, stop, rank=0, world=1, seed=0):
         yield [(epoch, int(shuffled(epoch)[place])) for epoch, place in places]
 
 # ----------------------------------------------------------------------------------------------- scenes
-# Learned in minutes, as each attribute fills patches of its own. Of 3,456 objects, a batch seldom has one twice,
-# a false negative. Backgrounds are few: a model that tells images apart by them ignores the objects.
+# Learned in minutes: each attribute fills patches of its own. Objects are many (3,456), so seldom twice in a
+# batch (a false negative); backgrounds are few, as a model that tells images by them ignores the objects.
 SIZE, CARD = 64, 29  # pixels of a picture's side, of which a quarter holds a card, and of the card's
 SIDE = {"small": 13, "large": 23}  # pixels of an object on its card
 SPLITS = {"train": 80_000, "val": 1_000, "test": 1_000}
