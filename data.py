@@ -1,7 +1,7 @@
 """Images, queries and batches: what a training step is fed (paper, section 4).
 
-A sample is an image and its queries, a list of (text, level): the caption, its sentences, its phrases.
-`Captions` reads whatever `datasets` reads. `Scenes`, last in this file, paints its own pictures.
+A sample is an image and its queries, [(text, level)]: the caption, its sentences, its phrases. `Captions`
+reads whatever `datasets` reads; `Scenes`, last in this file, paints its own pictures.
 """
 
 import argparse
@@ -17,22 +17,26 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import datasets
 import numpy as np
 import torch
 from filelock import FileLock
 from PIL import Image, ImageDraw
 from tokenizers import AddedToken, pre_tokenizers
 from torchvision.transforms import RandomResizedCrop
-from torchvision.transforms.functional import InterpolationMode, center_crop, resize
+from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-TOKEN_LIMITS = {"caption": 248, "sentence": 248, "phrase": 30}  # of a query, by its level
+TOKEN_LIMITS = {"caption": 248, "sentence": 248, "phrase": 30}  # of a query, by its level (see make_queries)
 LEVELS = tuple(TOKEN_LIMITS)                                    # a batch's `level` counts in this order
+QUOTES = str.maketrans("’‘“”", "''\"\"")  # OpenAI's tokenizer straightens them, Hugging Face's does not
 CAPTION_SENTENCES = 5  # sentences that make a caption where no sentence is a query
 SHAREGPT4V = "share-captioner_coco_lcs_sam_1246k_1107.json"
 HELD_OUT = 1000        # first rows of ShareGPT4V, which are the test set SV-1k
+UNREADABLE = (OSError, ValueError, TypeError, AttributeError, SyntaxError, RuntimeError,
+              Image.DecompressionBombError)  # what PIL raises of images, and Python of none
 
 class InputError(ValueError):
     """Something that the user can mend; its message says what is wrong, where, and what to do."""
@@ -43,8 +47,7 @@ def user_errors():
     try:
         yield
     except (InputError, OSError) as error:
-        message = " ".join(str(error).split())[:600]
-        tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        tqdm.write(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())[:600]}", file=sys.stderr)
         raise SystemExit(2) from error
 
 def argument_parser(description):
@@ -62,28 +65,22 @@ def clean(caption):
     return " ".join(word for word, _ in itertools.groupby(caption.split()))
 
 def split_sentences(caption):
-    """A clean caption -> its sentences."""
     return [sentence.strip() for sentence in caption.split(". ") if sentence.strip()]
-
-PLACE_NOUNS = ["left", "right", "top", "bottom", "front", "back", "middle", "center"]
-PLACE_HEADS = [*PLACE_NOUNS, "inside", "outside", "above", "below", "under", "over", "centered", "frontside",
-               "backside", "near", "nearby", "far"]
 
 def phrase_matchers(vocab):
     """spaCy matchers of noun phrases with a place, of actions, and of places."""
     from spacy.matcher import Matcher
+    sides = "left right top bottom front back middle center".split()
+    others = "inside outside above below under over centered frontside backside near nearby far".split()
+    side, place = {"LOWER": {"IN": sides}}, {"LOWER": {"IN": sides + others}}
     determiner, the, of = {"POS": "DET", "OP": "?"}, {"LOWER": "the", "OP": "?"}, {"LOWER": "of", "OP": "?"}
     words, preposition = {"POS": {"IN": ["ADJ", "NOUN", "PROPN"]}, "OP": "+"}, {"POS": "ADP"}
-    patterns = (
-        [[determiner, words, preposition, the, {"LOWER": {"IN": PLACE_NOUNS}}, of]],
-        [[{"POS": "VERB"}, preposition]],
-        [[{"LOWER": "next", "POS": "ADV"}, {"LOWER": "to", "POS": "ADP"}],
-         [preposition, determiner, {"LOWER": {"IN": PLACE_HEADS}}, of]],
-    )
-    matchers = [Matcher(vocab) for _ in patterns]
-    for matcher, alternatives in zip(matchers, patterns):
-        matcher.add("phrase", alternatives, greedy="LONGEST")
-    return matchers
+    nouns, actions, places = Matcher(vocab), Matcher(vocab), Matcher(vocab)
+    nouns.add("phrase", [[determiner, words, preposition, the, side, of]], greedy="LONGEST")
+    actions.add("phrase", [[{"POS": "VERB"}, preposition]], greedy="LONGEST")
+    next_to = [{"LOWER": "next", "POS": "ADV"}, {"LOWER": "to", "POS": "ADP"}]
+    places.add("phrase", [next_to, [preposition, determiner, place, of]], greedy="LONGEST")
+    return nouns, actions, places
 
 def extract_phrases(doc, matchers):
     """A parsed sentence (spaCy Doc) -> its noun phrases, actions and places, three lists of str."""
@@ -112,7 +109,7 @@ def parser():
 def parse(sentences):
     """Sentences -> for each, what `extract_phrases` finds. With a full stop, as the parser expects one."""
     nlp, matchers = parser()
-    texts = (sentence if sentence.endswith(".") else sentence + "." for sentence in sentences)
+    texts = (sentence.removesuffix(".") + "." for sentence in sentences)
     return [extract_phrases(doc, matchers) for doc in nlp.pipe(texts, batch_size=256)]
 
 def draw_sentences(count, wanted, rng):
@@ -121,11 +118,7 @@ def draw_sentences(count, wanted, rng):
     return rng.sample(range(count), wanted) if count > wanted else range(count)
 
 def make_queries(sentences, phrases, counts):
-    """Drawn sentences and their phrases -> the queries of a sample, a list of (text, level).
-
-    counts: how many sentences and phrases are queries, at most
-    Levels are made here: for another one, add its texts, and its limit to TOKEN_LIMITS.
-    """
+    """Drawn sentences and their phrases, at most `counts` of each -> a sample's queries, [(text, level)]."""
     queries = [(". ".join(sentences), "caption")]
     if counts[0]:
         queries += [(sentence, "sentence") for sentence in sentences]
@@ -133,22 +126,17 @@ def make_queries(sentences, phrases, counts):
 
 # ------------------------------------------------------------------------ captions and images on disk
 def read_rows(source, columns=None, splits=("train",)):
-    """A JSON, JSON lines or parquet file (or a glob), a folder, a hub name -> datasets.Dataset, its columns.
-
-    columns: of images and captions, if not "image,caption" (or ShareGPT4V's "image,conversations")
-    splits:  the split to take is the first of these that is there, or else any
-    Images in the rows stay undecoded. Raises InputError.
+    """A JSON, JSON lines or parquet file (or a glob), a folder, a hub name -> datasets.Dataset, the names of
+    its columns of images (undecoded) and captions. The first of `splits` that is there is read, or else any.
     """
-    import datasets
-    source, suffix = str(source), Path(source).suffix
-    kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(suffix)
-    if not kind and not Path(source).is_dir() and source.count("/") != 1:
+    kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(Path(source).suffix)
+    if not kind and not Path(source).is_dir() and str(source).count("/") != 1:
         raise InputError(f"{source}: no .json, .jsonl or .parquet file, no folder, no hub name (OWNER/NAME)")
     try:
-        found = datasets.load_dataset(kind, data_files=source) if kind else datasets.load_dataset(source)
-        rows = found[next((split for split in splits if split in found), next(iter(found)))]
+        found = datasets.load_dataset(kind or str(source), data_files=str(source) if kind else None)
+        rows = found[next(split for split in [*splits, *found] if split in found)]
         if "annotations" in rows.column_names:
-            rows = datasets.load_dataset(kind, data_files=source, field="annotations", split="train")
+            rows = datasets.load_dataset(kind, data_files=str(source), field="annotations", split="train")
         default = "image,conversations" if "conversations" in rows.column_names else "image,caption"
         image, _, caption = (columns or default).partition(",")
         if missing := {image, caption} - {*rows.column_names}:
@@ -173,53 +161,37 @@ def captions_of(value):
     return answers[:1] or [text for text in texts if isinstance(text, str) and text.strip()]
 
 def split_captions(batch, indices, column, with_phrases):
-    """Columns of rows -> row (index), sentences ([C][S] str), phrases ([C][S][kind] lists), C captions a row.
-    Rows without a caption are left out. Phrases that a row brings go with each of its sentences.
-    """
-    kept = []
+    """Columns of rows -> row (index), sentences [C][S], phrases [C][S][kind] of rows with C > 0 captions."""
+    kept = []  # (index, captions, phrases that the row brings; these go with each of its sentences)
     for index, value, given in zip(indices, batch[column], batch.get("phrases", [None] * len(indices))):
         captions = [split_sentences(clean(caption)) for caption in captions_of(value)]
-        if captions := [sentences for sentences in captions if sentences]:
-            kept.append((index, captions, given))
-    unparsed = [sentence for _, captions, given in kept if given is None and with_phrases
-                for sentence in itertools.chain(*captions)]
-    parsed = dict(zip(unparsed, parse(unparsed))) if unparsed else {}
+        if any(captions):
+            kept.append((index, [sentences for sentences in captions if sentences], given))
+    unparsed = [s for _, captions, given in kept if given is None for s in itertools.chain(*captions)]
+    parsed = dict(zip(unparsed, parse(unparsed))) if unparsed and with_phrases else {}
     phrases = [[[parsed.get(sentence, [given or [], [], []]) for sentence in caption] for caption in captions]
                for _, captions, given in kept]
-    return {"row": [index for index, *_ in kept], "sentences": [captions for _, captions, _ in kept],
-            "phrases": phrases}
-
-def prepare(rows, column, with_phrases):
-    """Rows -> datasets.Dataset of what `split_captions` makes of them, from the cache of `datasets`.
-
-    It is made once for these rows and this file's source: the first process works, the others wait for it.
-    """
-    import datasets
-    columns = [name for name in (column, "phrases") if name in rows.column_names]
-    source = Path(__file__).read_bytes()
-    key = datasets.fingerprint.Hasher.hash((rows._fingerprint, source, column, with_phrases))
-    cache, text = Path(datasets.config.HF_DATASETS_CACHE), datasets.Value("string")
-    cache.mkdir(parents=True, exist_ok=True)
-    processes = min(len(os.sched_getaffinity(0)), len(rows) // 1000)
-    with FileLock(cache / f"beta_clip_{key}.lock"):
-        return rows.select_columns(columns).map(
-            split_captions, fn_kwargs=dict(column=column, with_phrases=with_phrases), with_indices=True,
-            batched=True, remove_columns=columns, num_proc=processes if processes > 1 else None,
-            features=datasets.Features(row=datasets.Value("int64"), sentences=[[text]], phrases=[[[[text]]]]),
-            new_fingerprint=key, desc="captions to queries")
+    rows, sentences = [index for index, *_ in kept], [captions for _, captions, _ in kept]
+    return {"row": rows, "sentences": sentences, "phrases": phrases}
 
 class Captions:
-    """Images and captions on disk: (epoch, index) -> pixels uint8 [3, size, size], queries, unreadable.
-
-    An unreadable image is replaced by another sample; its name, and why, is in the list `unreadable`.
-    """
+    """Images and captions on disk: (epoch, index) -> pixels uint8 [3, size, size], queries, unreadable."""
 
     def __init__(self, source, root, size, counts=(5, 30), seed=0, columns=None):
-        self.rows, self.image, caption = read_rows(source, columns)
+        rows, self.image, caption = read_rows(source, columns)
         if Path(source).name == SHAREGPT4V:
-            self.rows = self.rows.select(range(HELD_OUT, len(self.rows)))
-        self.root, self.size, self.counts, self.seed = root, size, counts, seed
-        self.captions = prepare(self.rows, caption, with_phrases=counts[1] > 0)
+            rows = rows.select(range(HELD_OUT, len(rows)))
+        self.rows, self.root, self.size, self.counts, self.seed = rows, root, size, counts, seed
+        columns = [name for name in (caption, "phrases") if name in rows.column_names]
+        settings, text = {"column": caption, "with_phrases": counts[1] > 0}, datasets.Value("string")
+        features = datasets.Features(row=datasets.Value("int64"), sentences=[[text]], phrases=[[[[text]]]])
+        # once for these rows, settings and this file: the first process works, the others wait for its cache
+        key = datasets.fingerprint.Hasher.hash((rows._fingerprint, settings, Path(__file__).read_bytes()))
+        with FileLock(Path(datasets.config.HF_DATASETS_CACHE, f"beta_clip_{key}.lock")):
+            self.captions = rows.select_columns(columns).map(
+                split_captions, fn_kwargs=settings, with_indices=True, batched=True, remove_columns=columns,
+                features=features, new_fingerprint=key, desc="captions to queries",
+                num_proc=min(len(os.sched_getaffinity(0)), len(rows) // 1000) or None)
 
     def __len__(self):
         return len(self.captions)
@@ -227,7 +199,7 @@ class Captions:
     def __getitem__(self, position):
         rng, index, unreadable = random.Random(f"{self.seed} {position}"), position[1], []
         pixels = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
-        for _ in range(20):  # where all of so many are unreadable, their count ends the run
+        for _ in range(20):  # another sample for an unreadable image; if all are, their count ends the run
             sample = self.captions[index]
             image = self.rows[sample["row"]][self.image]
             try:
@@ -243,9 +215,6 @@ class Captions:
         return pixels, make_queries(sentences, phrases, self.counts), unreadable
 
 # ----------------------------------------------------------------------------------------------- images
-UNREADABLE = (OSError, ValueError, TypeError, AttributeError, SyntaxError, RuntimeError,
-              Image.DecompressionBombError)  # what PIL raises of images, and Python of none
-
 def open_image(image, root):
     """A value of the image column, a name under `root` or {"bytes", "path"} -> PIL image, not decoded yet."""
     if isinstance(image, dict):  # `datasets` found it, or it came with its bytes
@@ -261,14 +230,10 @@ def rgb(image):
     return image.convert("RGB")
 
 def to_pixels(image, size, whole=False):
-    """A PIL image -> pixels uint8 [3, size, size]: shorter side to `size`, bicubic, then the centre.
-
-    whole: the whole image to size x size, ignoring its aspect (FG-OVD's protocol)
-    """
+    """A PIL image -> pixels uint8 [3, size, size]: its centre, or the whole, aspect ignored (FG-OVD)."""
     image = rgb(image)
-    image = image.resize((size, size)) if whole else center_crop(
-        resize(image, size, InterpolationMode.BICUBIC), size)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    image = image.resize((size, size)) if whole else resize(image, size, Image.Resampling.BICUBIC)
+    return pil_to_tensor(center_crop(image, size))
 
 def random_crop(image, size, rng):
     """A PIL image, best not decoded -> pixels uint8 [3, size, size], RandomResizedCrop, scale (0.5, 1)."""
@@ -280,24 +245,20 @@ def random_crop(image, size, rng):
     image.draft("RGB", (math.ceil(full[0] * size / width), math.ceil(full[1] * size / height)))
     x, y = image.size[0] / full[0], image.size[1] / full[1]
     box = (left * x, top * y, (left + width) * x, (top + height) * y)
-    return to_pixels(rgb(image).resize((size, size), Image.Resampling.BILINEAR, box), size, whole=True)
+    return pil_to_tensor(rgb(image).resize((size, size), Image.Resampling.BILINEAR, box))
 
 def normalize(pixels):
     """uint8 pixels [B, 3, H, W] -> float32, by CLIP's mean and standard deviation."""
-    mean, std = torch.tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD]).view(2, 3, 1, 1)
-    mean, std = (x.to(pixels.device, non_blocking=True) for x in (mean, std))
+    statistics = torch.tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD]).view(2, 3, 1, 1)
+    mean, std = statistics.to(pixels.device, non_blocking=True)
     return (pixels.float() / 255 - mean) / std
 
 # ----------------------------------------------------------------------------------- samples to batches
-QUOTES = str.maketrans("’‘“”", "''\"\"")  # OpenAI's tokenizer straightens them, Hugging Face's does not
-
 def tokenize(tokenizer, texts, limits=itertools.repeat(TOKEN_LIMITS["caption"])):
     """Texts -> lists of token ids, BOS … EOS. One longer than its limit is cut so that EOS stays its last."""
-    texts = [text.translate(QUOTES) for text in texts]
-    distinct = list(dict.fromkeys(texts))
-    ids = dict(zip(distinct, (one.ids for one in tokenizer.backend_tokenizer.encode_batch_fast(distinct))))
-    return [ids[text] if len(ids[text]) <= limit else ids[text][:limit - 1] + ids[text][-1:]
-            for text, limit in zip(texts, limits)]
+    encoded = tokenizer.backend_tokenizer.encode_batch_fast([text.translate(QUOTES) for text in texts])
+    ids = [one.ids for one in encoded]
+    return [one if len(one) <= limit else one[:limit - 1] + one[-1:] for one, limit in zip(ids, limits)]
 
 class Batch(NamedTuple):
     """B images and their N queries."""
@@ -314,42 +275,28 @@ class Batch(NamedTuple):
         return self._replace(texts=self.texts.to(device), **moved)
 
 def collate(samples, tokenizer, pack, captions_only=False):
-    """A list of samples -> Batch. `pack` (model.pack) lays out token ids for the text encoder.
-
-    All that can be known before the step is worked out here, in a loader's process.
-    """
+    """A list of samples -> Batch, in a loader's process. `pack` (model.pack) lays out token ids."""
     pixels, queries, unreadable = zip(*samples)
     queries = [sample[:1] if captions_only else sample for sample in queries]
     texts, levels = zip(*itertools.chain(*queries))
     counts = torch.tensor([len(sample) for sample in queries])                       # [B]
-    return Batch(
-        pixels=torch.stack(pixels),
-        texts=pack(tokenize(tokenizer, texts, [TOKEN_LIMITS[level] for level in levels])),
-        owner=torch.arange(len(samples)).repeat_interleave(counts),
-        level=torch.tensor([LEVELS.index(level) for level in levels]),
-        captions=counts.cumsum(0) - counts,
-        unreadable=sum(unreadable, []),
-    )
+    ids = tokenize(tokenizer, texts, [TOKEN_LIMITS[level] for level in levels])
+    return Batch(torch.stack(pixels), pack(ids), owner=torch.arange(len(samples)).repeat_interleave(counts),
+                 level=torch.tensor([LEVELS.index(level) for level in levels]),
+                 captions=counts.cumsum(0) - counts, unreadable=sum(unreadable, []))
 
 def batches(size, batch, start, stop, rank=0, world=1, seed=0):
-    """The batches of one rank, lists of (epoch, index): images `start` to `stop` of the stream.
-
-    All ranks walk one endless stream: the data set shuffled once an epoch, epoch after epoch. A micro-step
-    takes the next `world` x `batch` of it, so its samples follow from the number of images seen before.
+    """One rank's batches, lists of (epoch, index): images `start` to `stop` of a stream that all ranks share,
+    the data set shuffled anew each epoch. A micro-step takes the next `world` x `batch` of it.
     """
-    epoch = None
+    shuffled = functools.lru_cache(1)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(size))
     for first in range(start + rank * batch, stop, world * batch):
-        samples = []
-        for place in range(first, first + batch):
-            if place // size != epoch:
-                epoch = place // size
-                order = np.random.default_rng([seed, epoch]).permutation(size)
-            samples.append((epoch, int(order[place % size])))
-        yield samples
+        places = [divmod(place, size) for place in range(first, first + batch)]
+        yield [(epoch, int(shuffled(epoch)[place])) for epoch, place in places]
 
 # ----------------------------------------------------------------------------------------------- scenes
-# Made so that a small model learns them in minutes: each attribute fills patches of its own, and there are
-# 3,456 different objects, so that a full description is seldom twice in a batch, a false negative.
+# Learned in minutes: each attribute fills patches of its own. Objects are many (3,456), so seldom twice in a
+# batch (a false negative); backgrounds are few, as a model that tells images by them ignores the objects.
 SIZE, CARD = 64, 29  # pixels of a picture's side, of which a quarter holds a card, and of the card's
 SIDE = {"small": 13, "large": 23}  # pixels of an object on its card
 SPLITS = {"train": 80_000, "val": 1_000, "test": 1_000}
@@ -357,7 +304,6 @@ SIBLINGS = 4  # val and test scenes come in groups that differ in one attribute 
 COLOURS = {"red": (220, 40, 40), "orange": (245, 140, 30), "yellow": (245, 225, 50), "green": (50, 170, 60),
            "cyan": (60, 210, 220), "blue": (45, 80, 220), "purple": (140, 50, 190), "pink": (250, 150, 195),
            "white": (250, 250, 250)}
-# few, and plain: a background that tells images apart is learned first, and then nothing asks for the objects
 BACKGROUNDS = {"slate": (90, 100, 115), "sand": (200, 185, 150), "moss": (115, 130, 90), "coal": (60, 60, 65)}
 y, x = np.mgrid[:CARD, :CARD]
 TEXTURES = {"plain": x < 0, "striped": (y + 3) % 5 < 2, "dotted": ((x + 4) % 5 < 2) & ((y + 4) % 5 < 2),
@@ -376,27 +322,23 @@ SHAPES = {  # outlines in the unit square; of the circle, the corners of its box
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 
 def scene(split, index):
-    """The scene at (split, index): {"objects": four, in the order of PLACES, "background": its name}.
-
-    An object has the ATTRIBUTES, `shape`, and `box` (x, y, w, h) in pixels. But for "train", scenes come in
-    groups of SIBLINGS: the first is the original, each other one changes one attribute of one object.
+    """A scene: {"objects": four, in the order of PLACES, "background": its name}. An object has ATTRIBUTES,
+    `shape` and `box` (x, y, w, h in pixels). Of a group of SIBLINGS, the first is the original.
     """
     group, member = (index, 0) if split == "train" else divmod(index, SIBLINGS)
     rng, objects = random.Random(f"{split} {group}"), []
     for place in range(4):
-        thing = {name: rng.choice(values) for name, values in ATTRIBUTES.items()}
-        thing["shape"] = rng.choice(tuple(SHAPES))
+        thing = {name: rng.choice(values) for name, values in (ATTRIBUTES | {"shape": [*SHAPES]}).items()}
         while thing["card"] == thing["colour"]:
             thing["card"] = rng.choice(ATTRIBUTES["card"])
         x, y = (round(rng.random() * (SIZE // 2 - CARD)) for _ in "xy")
         thing["box"] = (x + SIZE // 2 * (place % 2), y + SIZE // 2 * (place // 2), CARD, CARD)
         objects.append(thing)
-    background = rng.choice(tuple(BACKGROUNDS))
     if member:
         changes = [(place, other) for place in range(4) for other in changed(objects[place], 1)]
         changes = random.Random(f"{split} {group} siblings").sample(changes, SIBLINGS - 1)
         place, objects[place] = changes[member - 1]
-    return {"objects": objects, "background": background}
+    return {"objects": objects, "background": rng.choice([*BACKGROUNDS])}
 
 def changed(thing, count):
     """All objects that differ from `thing` in exactly `count` ATTRIBUTES (the shape stays, as in FG-OVD)."""
@@ -414,21 +356,18 @@ def describe(scene):
     """A scene's sentences (list of 6 str) and phrases (list of 8 str), not yet drawn from."""
     objects = scene["objects"]
     name = [f"the {o['colour']} {o['shape']}" for o in objects]
-    sentences = [f"{expression(o).capitalize()} lies in the {place} corner"
-                 for o, place in zip(objects, PLACES)]
+    sentences = [f"{expression(o).capitalize()} lies in the {p} corner" for o, p in zip(objects, PLACES)]
     sentences += [f"Here {name[0]} is above {name[2]} and {name[1]} is to the right of it above {name[3]}",
                   f"Behind all of them there is nothing but a plain {scene['background']} background"]
-    phrases = [expression(o) for o in objects]
-    phrases += ["a {size} {colour} {shape} on a {texture} card".format(**o) for o in objects]
-    return sentences, phrases
+    shorter = ["a {size} {colour} {shape} on a {texture} card".format(**o) for o in objects]
+    return sentences, [expression(o) for o in objects] + shorter
 
 def paint(scene):
     """The scene as a PIL image of SIZE x SIZE."""
     image = Image.new("RGB", (SIZE, SIZE), BACKGROUNDS[scene["background"]])
     for thing in scene["objects"]:
-        card = np.where(TEXTURES[thing["texture"]][:, :, None], (25, 25, 30), COLOURS[thing["card"]])
-        card = Image.fromarray(card.astype(np.uint8))
-        side = SIDE[thing["size"]]
+        dark, side = TEXTURES[thing["texture"]][:, :, None], SIDE[thing["size"]]
+        card = Image.fromarray(np.where(dark, (25, 25, 30), COLOURS[thing["card"]]).astype(np.uint8))
         first = (CARD - side) // 2
         outline = [(first + x * (side - 1), first + y * (side - 1)) for x, y in SHAPES[thing["shape"]]]
         pen = ImageDraw.Draw(card)
@@ -437,14 +376,10 @@ def paint(scene):
     return image
 
 def scene_boxes(split):
-    """FG-OVD's protocol on the objects of a split's original scenes -> dicts: `image` (which of them),
-    `box` (x, y, w, h) in pixels, and for each of hard, medium, easy, trivial a list of 11 expressions, the
-    positive first.
-    """
-    rows, count = [], SPLITS[split] // SIBLINGS
-    originals = [scene(split, group * SIBLINGS)["objects"] for group in range(count)]
+    """FG-OVD's rows, dicts: `image` (which original), `box`, for each level 11 texts, the positive first."""
+    rows, originals = [], [scene(split, i)["objects"] for i in range(0, SPLITS[split], SIBLINGS)]
     for group, objects in enumerate(originals):
-        foreign = {expression(thing) for g in (1, 2, 3, 4) for thing in originals[(group + g) % count]}
+        foreign = {expression(o) for i in (1, 2, 3, 4) for o in originals[(group + i) % len(originals)]}
         for place, thing in enumerate(objects):
             rng, positive = random.Random(f"boxes {group * SIBLINGS} {place}"), expression(thing)
             row = {"image": group, "box": thing["box"]}

@@ -2,10 +2,8 @@
 
 Embeddings come in raw and are L2-normalised here, in float32. Queries are the rows of one flat list, without
 padding. Similarities are computed in tiles of rows, and again in the backward pass: no [N, N] matrix is kept.
-
-With W processes (ranks), each compares its own rows with the columns of all ranks, 1/W of the work. The mean
-over ranks of the value and of its gradients, as DDP takes it, is that of one process with the whole batch: of
-L_clip always, of β-CAL with `global_negatives` (the recipe has each rank contrast its own queries alone).
+With W processes (ranks), each compares its own rows with the columns of all ranks. The mean over ranks of
+value and gradients, as DDP takes it, is one process's: of L_clip always, of β-CAL if `global_negatives`.
 """
 
 import torch
@@ -25,13 +23,11 @@ def clip_loss(image, text, scale):
 def beta_cal(visual, text, owner, scale, beta, kind="ce", global_negatives=False):
     """β-contextualised contrastive alignment (β-CAL) of pooled embeddings with their queries -> scalar.
 
-    visual [N, D]:    the image of each query, pooled by that query
-    text [N, D]:      the queries
-    owner [N]:        the image of each query, sorted, 0 … B - 1; on the CPU, where reading it costs no sync
-    scale:            exp(logit scale of the pooler)
-    beta:             how far other queries of the same image count as positives, 0 … 1
-    kind:             "ce", the soft form (cross-entropy), or "bce", the hard form (binary cross-entropy)
-    global_negatives: compare with the queries of all ranks, not of this one alone
+    visual, text [N, D]: the image of each query, pooled by it; the queries
+    owner [N]:           the image of each query, sorted, 0 … B - 1; on the CPU, where reading costs no sync
+    scale, beta:         exp(logit scale); how far other queries of an image count as positives, 0 … 1
+    kind:                "ce", the soft form (cross-entropy), or "bce", the hard form (binary cross-entropy)
+    global_negatives:    compare with the queries of all ranks, not (as in the recipe) of this one alone
     """
     v, t = scale * unit(visual), unit(text)
     sizes = owner.bincount()                                         # [B] queries of each image
@@ -61,8 +57,7 @@ def unit(x):
 
 def in_tiles(function, rows):
     """`function` of TILE rows at a time -> list; what it computes in between is not kept but recomputed."""
-    return [checkpoint(function, tile, use_reentrant=False, preserve_rng_state=False)
-            for tile in rows.split(TILE)]
+    return [checkpoint(function, tile, use_reentrant=False) for tile in rows.split(TILE)]
 
 def log_sum_exps(v, t, counts):
     """This rank's v, t [n, D], the rows of each rank -> log-sum-exps of v's logits [n] and of t's [n]."""
@@ -85,8 +80,7 @@ def siblings(v, t, owner, sizes, beta):
     v, t = (grid.index_put((owner, place), x) for x in (v, t))       # [B, K, D]
     logits = v @ t.mT                                                # [B, K, K]
     real = (torch.arange(grid.shape[1]) < sizes[:, None]).to(logits)                   # [B, K]
-    difference = beta * F.softplus(-logits) - F.softplus(logits)
-    return (difference * real[:, :, None] * real[:, None]).sum()
+    return ((beta * F.softplus(-logits) - F.softplus(logits)) * real[:, :, None] * real[:, None]).sum()
 
 class Gather(torch.autograd.Function):
     @staticmethod
@@ -97,8 +91,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # Each rank has a loss of its own, which reads the rows of all ranks. So a row's gradients are summed
-        # over ranks, by one reduce-scatter. (If all had the same loss, W times the own part would be enough.)
+        # each rank has a loss of its own, which reads the rows of all ranks: a row's gradients are summed
         parts = list(grad.contiguous().chunk(dist.get_world_size()))
         dist.reduce_scatter(own := torch.empty_like(parts[0]), parts)
         return own
@@ -108,9 +101,8 @@ def gather(x):
     return Gather.apply(x) if dist.is_initialized() else x
 
 def gather_rows(x, counts):
-    """As `gather`, where each rank has another number of rows: [n, …] -> [sum(counts), …]."""
+    """As `gather`, where each rank has another number of rows: [n, D] -> [sum(counts), D]."""
     if len(counts) == 1:
         return x
-    padding = x.new_zeros(max(counts) - len(x), *x.shape[1:])
-    parts = gather(torch.cat([x, padding])).split(max(counts))
+    parts = gather(F.pad(x, (0, 0, 0, max(counts) - len(x)))).split(max(counts))
     return torch.cat([part[:count] for part, count in zip(parts, counts)])
