@@ -17,7 +17,6 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
 import numpy as np
 import torch
 from filelock import FileLock
@@ -129,6 +128,7 @@ def read_rows(source, columns=None, splits=("train",)):
     """A JSON, JSON lines or parquet file (or a glob), a folder, a hub name -> datasets.Dataset, the names of
     its columns of images (undecoded) and captions. The first of `splits` that is there is read, or else any.
     """
+    import datasets  # slow, and not needed for the scenes
     kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(Path(source).suffix)
     if not kind and not Path(source).is_dir() and str(source).count("/") != 1:
         raise InputError(f"{source}: no .json, .jsonl or .parquet file, no folder, no hub name (OWNER/NAME)")
@@ -178,6 +178,7 @@ class Captions:
     """Images and captions on disk: (epoch, index) -> pixels uint8 [3, size, size], queries, unreadable."""
 
     def __init__(self, source, root, size, counts=(5, 30), seed=0, columns=None):
+        import datasets
         rows, self.image, caption = read_rows(source, columns)
         if Path(source).name == SHAREGPT4V:
             rows = rows.select(range(HELD_OUT, len(rows)))

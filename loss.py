@@ -57,7 +57,8 @@ def unit(x):
 
 def in_tiles(function, rows):
     """`function` of TILE rows at a time -> list; what it computes in between is not kept but recomputed."""
-    return [checkpoint(function, tile, use_reentrant=False) for tile in rows.split(TILE)]
+    return [checkpoint(function, tile, use_reentrant=False, preserve_rng_state=False)
+            for tile in rows.split(TILE)]
 
 def log_sum_exps(v, t, counts):
     """This rank's v, t [n, D], the rows of each rank -> log-sum-exps of v's logits [n] and of t's [n]."""

@@ -72,6 +72,8 @@ def test_a_batch_says_whose_each_query_is_and_cuts_long_ones_before_eos(tokenize
     batch = data.collate(samples, tokenizer, models.pack)
     assert batch.pixels.shape == (2, 3, 8, 8) and batch.unreadable == ["2.jpg", "3.jpg"]
     assert batch.owner.tolist() == [0, 0, 1, 1, 1] and batch.captions.tolist() == [0, 2]
+    captions = data.collate(samples, tokenizer, models.pack, captions_only=True)
+    assert captions.owner.tolist() == captions.captions.tolist() == [0, 1] and len(captions.texts.rows) == 2
     assert [data.LEVELS[level] for level in batch.level] == [level for part in queries for _, level in part]
     distinct = batch.texts.tokens.split(batch.texts.offsets.diff().tolist())
     texts = [distinct[row].tolist() for row in batch.texts.rows]
