@@ -255,10 +255,7 @@ def run_model(source):
     return Path(source, "hf") if Path(source, "hf").is_dir() else source
 
 def load(source, heads=None, size=None):
-    """A run's folder, an authors' .pt, or a Hugging Face CLIP (folder or hub name) -> BetaCLIP, on the CPU.
-
-    heads: as for from_authors; size: pixels of an image's side, where not the model's own
-    """
+    """A run's folder, authors' .pt (`heads`) or CLIP (folder, hub name) -> BetaCLIP, for images of `size`."""
     if Path(source).suffix == ".pt":
         model = from_authors(read(source, "state_dict")["state_dict"], heads)
     else:
