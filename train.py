@@ -106,7 +106,7 @@ def parameter_groups(model, wd):
     return groups
 
 def train_step(net, batches, optimizer, scaler, args):
-    """A step over args.accum `batches` -> losses [accum, 2] (L_clip, β-CAL), gradient's norm, is it finite."""
+    """A step over args.accum `batches` -> losses [accum, 2] (L_clip, β-CAL), gradient norm, is it finite."""
     model = getattr(net, "module", net)
     dtype = torch.float16 if args.amp == "fp16" else torch.bfloat16
     losses = []
@@ -158,7 +158,7 @@ def load_checkpoint(path, args):
     changed = [f"{name} {before.get(name)} (now {value})" for name, value in vars(args).items()
                if name not in MAY_CHANGE_ON_RESUME and before.get(name) != value]
     if changed:
-        raise data.InputError(f"{args.out} holds another run, with {', '.join(changed)}: choose another --out")
+        raise data.InputError(f"{path} is of another run, with {', '.join(changed)}: choose another --out")
     return saved
 
 def save_checkpoint(path, state):
@@ -181,7 +181,7 @@ def log(args, **line):
         file.write(json.dumps(line) + "\n")
 
 def on_signals(handler, worker=None):
-    """What SIGTERM and SIGINT do from now on. A loader's `worker` ignores them: a step needs it."""
+    """What SIGTERM and SIGINT do from now on. A loader's `worker` ignores them: the last step needs it."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handler)
 
