@@ -6,7 +6,6 @@ At test time it is a plain CLIP: `cls` against `text`. Patches serve FG-OVD, the
 import argparse
 import math
 from collections import Counter
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,15 +27,11 @@ OPENAI = "openai/clip-vit-base-patch16"  # all of OpenAI's CLIPs share its token
 
 # ----------------------------------------------------------------------------------------------- modules
 def stretch_positions(weight):
-    """Text positions for long captions, [77, D] -> [248, D].
-
-    The first 20 rows stay. Each other becomes four, at 0, ¼, ½ and ¾ of the way to its right neighbour; the
-    last has none and is extrapolated with its left difference.
-    """
+    """Text positions for long captions, [77, D] -> [248, D]: 20 rows stay, each other becomes four."""
     rest = weight[FROZEN_POSITIONS:]                                            # [57, D]
-    step = torch.cat([rest[1:] - rest[:-1], rest[-1:] - rest[-2:-1]])           # [57, D]
-    quarters = torch.arange(4, dtype=weight.dtype, device=weight.device) / 4
-    between = rest[:, None] + quarters[:, None] * step[:, None]                 # [57, 4, D]
+    step = torch.cat([rest.diff(dim=0), rest[-1:] - rest[-2:-1]])               # [57, D] to the next row
+    quarters = weight.new_tensor([[0], [1 / 4], [1 / 2], [3 / 4]])              # [4, 1]
+    between = rest[:, None] + quarters * step[:, None]                          # [57, 4, D]
     return torch.cat([weight[:FROZEN_POSITIONS], between.flatten(0, 1)])
 
 class TextPositions(nn.Module):
@@ -61,14 +56,13 @@ class PatchPooler(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(self, text, owner, patches):
-        """text [N, D], owner [N] sorted, on the CPU, patches [B, P, D] -> [N, D]."""
+        """text [N, D], owner [N] sorted, on the CPU, patches [B, P, D] -> [N, D], of at most K per image."""
         counts = owner.bincount(minlength=len(patches))                         # [B] queries of each image
         place = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]   # [N] of each in its image
         index = tuple(x.to(patches.device, non_blocking=True) for x in (owner, place))
         text, keys = F.normalize(text, dim=-1), F.normalize(patches, dim=-1)
-        query = text.new_zeros(len(patches), int(counts.max()), text.shape[1])
-        query = query.index_put(index, text)                                    # [B, K, D]
-        out = self.attn(query, keys, keys, need_weights=False)[0][index]        # [N, D]
+        query = text.new_zeros(len(patches), int(counts.max()), text.shape[1]).index_put(index, text)
+        out = self.attn(query, keys, keys, need_weights=False)[0][index]        # [B, K, D] -> [N, D]
         return out + self.mlp(self.ln(out))
 
 # ------------------------------------------------------------------------------ packed texts: no padding
@@ -91,7 +85,7 @@ def pack(texts):
     lengths = torch.tensor([len(text) for text in distinct])
     offsets = F.pad(lengths.cumsum(0), (1, 0))
     return PackedTexts(
-        tokens=torch.tensor(list(chain.from_iterable(distinct))),
+        tokens=torch.tensor([token for text in distinct for token in text]),
         positions=torch.arange(offsets[-1]) - offsets[:-1].repeat_interleave(lengths),
         offsets=offsets.int(),
         rows=torch.tensor([row[text] for text in texts]),
@@ -100,18 +94,14 @@ def pack(texts):
 
 @torch.compiler.disable  # the groups differ from batch to batch
 def attend(query, key, value, heads, texts, causal):
-    """Attention within each text: key, value [T, W], query [T, W], or [n, W] of one token a text -> as query.
-
-    On a GPU in half precision, FlashAttention takes packed texts as they are. Else: texts of equal length lie
-    side by side, so a group of them is a view.
-    """
+    """Attention within each text: query, key, value [T, W], or query [n, W], a token of each -> as query."""
     query, key, value = (x.unflatten(-1, (heads, -1)) for x in (query, key, value))      # [T, H, W / H]
-    if query.is_cuda and query.dtype != torch.float32:
+    if query.is_cuda and query.dtype != torch.float32:  # FlashAttention takes packed texts as they are
         longest = texts.groups[-1][0]
         starts = texts.offsets if causal else torch.arange(len(texts.offsets), device=query.device).int()
         return varlen_attn(query, key, value, starts, texts.offsets, longest if causal else 1, longest,
                            window_size=(-1, 0 if causal else -1)).flatten(1)
-    tokens = [length * count for length, count in texts.groups]
+    tokens = [length * count for length, count in texts.groups]  # texts of equal length lie side by side
     asking = tokens if causal else [count for _, count in texts.groups]
     out = []
     for (_, count), *group in zip(texts.groups, query.split(asking), key.split(tokens), value.split(tokens)):
@@ -148,13 +138,10 @@ class BetaCLIP(nn.Module):
 
     def __init__(self, clip):
         super().__init__()
-        text = clip.text_model.embeddings
-        weight = text.position_embedding.weight.data
+        weight = clip.text_model.embeddings.position_embedding.weight.data
         self.stretched = len(weight) == 77
-        if self.stretched:
-            weight = stretch_positions(weight)
-        text.position_embedding = TextPositions(weight)
-        text.register_buffer("position_ids", torch.arange(len(weight))[None], persistent=False)
+        weight = stretch_positions(weight) if self.stretched else weight
+        clip.text_model.embeddings.position_embedding = TextPositions(weight)
         clip.config.text_config.max_position_embeddings = self.context = len(weight)
         self.dim, self.image_size = clip.config.projection_dim, clip.config.vision_config.image_size
         self.clip, self.pooler = clip, PatchPooler(self.dim)
@@ -173,10 +160,7 @@ class BetaCLIP(nn.Module):
         return x[:, 0], x[:, 1:]
 
     def encode_text(self, texts):
-        """texts: a list of N 1-D LongTensors, BOS … EOS, or PackedTexts -> [N, D], not normalised.
-
-        Equal texts are encoded once. A text's embedding is its EOS state: the last layer works for EOS alone.
-        """
+        """texts: a list of N 1-D LongTensors, BOS … EOS, or PackedTexts -> [N, D], not normalised."""
         if not isinstance(texts, PackedTexts):
             texts = pack([text.tolist() for text in texts]).to(self.clip.device)
         text = self.clip.text_model
@@ -185,7 +169,7 @@ class BetaCLIP(nn.Module):
         *layers, last = text.encoder.layers
         for layer in layers:
             x = self.text_layer(layer, x, texts)
-        x = text_layer(last, x, texts, eos=texts.offsets[1:] - 1)                        # [n, W]
+        x = text_layer(last, x, texts, eos=texts.offsets[1:] - 1)                        # [n, W]: EOS alone
         return self.clip.text_projection(text.final_layer_norm(x))[texts.rows]           # [N, D]
 
     def forward(self, pixels, texts, owner):
@@ -207,59 +191,53 @@ def from_scratch(tokenizer, image_size=64):
     text = tower | ids | dict(num_hidden_layers=2, max_position_embeddings=77, vocab_size=len(tokenizer))
     return BetaCLIP(CLIPModel(CLIPConfig(projection_dim=128, vision_config=vision, text_config=text)))
 
-AUTHORS = (  # parts of the authors' parameter names, and of ours
-    ("module.", ""), ("visual.cls_token", "vision_model.embeddings.class_embedding"),
-    ("visual.pos_embed", "vision_model.embeddings.position_embedding.weight"),
-    ("visual.patch_embed.proj", "vision_model.embeddings.patch_embedding"),
-    ("visual.norm_pre", "vision_model.pre_layrnorm"), ("visual.norm.", "vision_model.post_layernorm."),
-    ("visual.blocks", "vision_model.encoder.layers"), ("transformer.resblocks", "text_model.encoder.layers"),
-    ("token_embedding", "text_model.embeddings.token_embedding"), ("ln_final", "text_model.final_layer_norm"),
-    (".attn.proj", ".self_attn.out_proj"), (".attn.", ".self_attn."), (".norm1", ".layer_norm1"),
-    (".norm2", ".layer_norm2"), (".ln_1", ".layer_norm1"), (".ln_2", ".layer_norm2"),
-    ("c_fc", "fc1"), ("c_proj", "fc2"))
-AUTHORS_POOLER = (("module.", ""), ("text_conditioned_patches_block.", ""), ("ln_2", "ln"),
-                  ("mlp.c_fc", "mlp.0"), ("mlp.c_proj", "mlp.2"))
+AUTHORS = (  # parts of the authors' parameter names and of ours, replaced in this order
+    ("clip.text_conditioned_patches_block", "pooler"), ("pooler.ln_2", "pooler.ln"),
+    ("pooler.mlp.c_fc", "pooler.mlp.0"), ("pooler.mlp.c_proj", "pooler.mlp.2"),
+    ("visual.", "vision_model."), ("cls_token", "embeddings.class_embedding"), ("norm_pre", "pre_layrnorm"),
+    ("pos_embed", "embeddings.position_embedding.weight"), ("patch_embed.proj", "embeddings.patch_embedding"),
+    ("model.norm.", "model.post_layernorm."), ("model.blocks", "model.encoder.layers"),
+    ("transformer.resblocks", "text_model.encoder.layers"), ("ln_final", "text_model.final_layer_norm"),
+    ("token_embedding", "text_model.embeddings.token_embedding"),
+    ("positional_embedding_res", "text_model.embeddings.position_embedding.learned"),
+    ("positional_embedding", "text_model.embeddings.position_embedding.frozen"),
+    ("image_projection", "visual_projection.weight"), ("text_projection", "text_projection.weight"),
+    (".attn.proj", ".self_attn.out_proj"), (".attn.", ".self_attn."), ("pooler.self_attn", "pooler.attn"),
+    (".norm", ".layer_norm"), (".ln_", ".layer_norm"), ("c_fc", "fc1"), ("c_proj", "fc2"))
 
 def from_authors(state_dict, heads=None):
     """The authors' state_dict -> BetaCLIP, of the tensors' sizes; `heads` where a head is not 64 wide."""
-    ours, pooler = {}, {}
-    for name, tensor in state_dict.items():
-        part, names = (pooler, AUTHORS_POOLER) if "text_conditioned" in name else (ours, AUTHORS)
-        for old, new in names:
-            name = name.replace(old, new)
-        if ".qkv." in name:  # q, k and v, stacked
-            part |= {name.replace("qkv", f"{one}_proj"): rows for one, rows in zip("qkv", tensor.chunk(3))}
-        else:
-            part[name] = tensor
-    ours["visual_projection.weight"] = ours.pop("image_projection").T
-    ours["text_projection.weight"] = ours.pop("text_projection").T
-    image, text = "vision_model.embeddings.", "text_model.embeddings."
-    ours[image + "class_embedding"] = ours[image + "class_embedding"].flatten()
-    ours[image + "position_embedding.weight"] = ours[image + "position_embedding.weight"][0]
-    frozen, learned = ours.pop("positional_embedding"), ours.pop("positional_embedding_res")
-    positions = torch.cat([frozen[:FROZEN_POSITIONS], learned[FROZEN_POSITIONS:]])
-    ours[text + "position_embedding.weight"] = positions
+    theirs = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
 
-    def tower(part):
-        width = len(ours[f"{part}.encoder.layers.0.layer_norm1.weight"])
+    def tower(blocks, width):
         if width % 64 and not heads:
-            raise ValueError(f"{part} is {width} wide, no multiple of 64: say how many heads it has")
-        layers = sum(name.startswith(part) and name.endswith("fc1.bias") for name in ours)
-        return dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+            raise ValueError(f"{blocks} is {width} wide, no multiple of 64: say how many heads it has")
+        layers = {name.split(".")[2] for name in theirs if name.startswith(blocks)}
+        return dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=len(layers),
                     num_attention_heads=heads or width // 64)
 
-    patch = ours[image + "patch_embedding.weight"].shape[-1]
-    side = math.isqrt(len(ours[image + "position_embedding.weight"]) - 1)
-    size = len(ours[text + "token_embedding.weight"])
-    config = CLIPConfig(
-        projection_dim=len(ours["visual_projection.weight"]),
-        vision_config=tower("vision_model") | dict(patch_size=patch, image_size=patch * side),
-        text_config=tower("text_model") | dict(vocab_size=size, bos_token_id=size - 2, eos_token_id=size - 1,
-                                               max_position_embeddings=len(learned)))
-    clip = CLIPModel(config)
-    clip.load_state_dict(ours)
-    model = BetaCLIP(clip)
-    model.pooler.load_state_dict(pooler)
+    width, dim = theirs["image_projection"].shape
+    patch = theirs["visual.patch_embed.proj.weight"].shape[-1]
+    side = math.isqrt(theirs["visual.pos_embed"].shape[1])  # of 1 + side² positions
+    vision = tower("visual.blocks", width) | dict(patch_size=patch, image_size=patch * side)
+    size, width = theirs["token_embedding.weight"].shape
+    text = tower("transformer.resblocks", width) | dict(
+        vocab_size=size, bos_token_id=size - 2, eos_token_id=size - 1, max_position_embeddings=248)
+    model = BetaCLIP(CLIPModel(CLIPConfig(projection_dim=dim, vision_config=vision, text_config=text)))
+
+    theirs["positional_embedding"] = theirs["positional_embedding"][:FROZEN_POSITIONS]
+    theirs["positional_embedding_res"] = theirs["positional_embedding_res"][FROZEN_POSITIONS:]
+    ours = {}
+    for name, tensor in theirs.items():
+        tensor = tensor.T if name.endswith("_projection") else tensor.squeeze()  # cls_token is [1, 1, W]
+        name = "clip." + name
+        for old, new in AUTHORS:
+            name = name.replace(old, new)
+        if ".qkv." in name:  # q, k and v, stacked
+            ours |= {name.replace("qkv", f"{one}_proj"): rows for one, rows in zip("qkv", tensor.chunk(3))}
+        else:
+            ours[name] = tensor
+    model.load_state_dict(ours)
     model.has_trained_pooler = True
     return model
 
@@ -272,36 +250,28 @@ def read(path, name):
     except Exception as error:
         raise OSError(f"{path} is no checkpoint with {name}, of tensors and plain values: {error}") from error
 
-def load(source, heads=None, size=None):
-    """A run's folder, an authors' .pt, or a Hugging Face CLIP (folder or hub name) -> BetaCLIP, on the CPU.
-
-    heads: of the authors' towers, where a head is not 64 wide; size: pixels of an image's side, where not the
-    model's own. Raises OSError, ValueError, and what transformers raise.
-    """
-    if Path(source).suffix == ".pt":
-        model = from_authors(read(source, "state_dict")["state_dict"], heads)
-    else:
-        model = pretrained(run_model(source))
-    if size and size != model.image_size:
-        resize_images(model, size)
-    return model.eval()
-
 def run_model(source):
     """The model in a run's folder, or `source` itself, where it is none."""
     return Path(source, "hf") if Path(source, "hf").is_dir() else source
 
-def pretrained(name):
-    """A Hugging Face CLIP, hub name or folder -> BetaCLIP, with the pooler that lies beside, if one does."""
-    clip, report = CLIPModel.from_pretrained(name, dtype=torch.float32, attn_implementation="sdpa",
-                                             output_loading_info=True)
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}: not a whole CLIP")
-    model, pooler = BetaCLIP(clip), "pooler.safetensors"
-    folder = Path(name if Path(name).is_dir() else snapshot_download(name, allow_patterns=pooler))
-    if (folder / pooler).is_file():
-        model.pooler.load_state_dict(load_file(folder / pooler))
-        model.has_trained_pooler = True
-    return model
+def load(source, heads=None, size=None):
+    """A run's folder, authors' .pt (`heads`) or CLIP (folder, hub name) -> BetaCLIP, for images of `size`."""
+    if Path(source).suffix == ".pt":
+        model = from_authors(read(source, "state_dict")["state_dict"], heads)
+    else:
+        source, pooler = run_model(source), "pooler.safetensors"
+        clip, report = CLIPModel.from_pretrained(source, dtype=torch.float32, attn_implementation="sdpa",
+                                                 output_loading_info=True)
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(f"no whole CLIP: {len(missing)} weights are missing, the first is {missing[0]}")
+        model = BetaCLIP(clip)
+        folder = Path(source if Path(source).is_dir() else snapshot_download(source, allow_patterns=pooler))
+        if (folder / pooler).is_file():
+            model.pooler.load_state_dict(load_file(folder / pooler))
+            model.has_trained_pooler = True
+    if size and size != model.image_size:
+        resize_images(model, size)
+    return model.eval()
 
 def resize_images(model, size):
     """Let `model` see images of another size: resample its positions, as transformers does."""
@@ -328,15 +298,12 @@ def load_tokenizer(source, model):
     return tokenizer
 
 def export(model, tokenizer, folder, base="", command="", table=""):
-    """Write a folder that stock transformers load, with 248 text positions; a trained pooler lies beside.
-
-    Its README.md, a page for the hub, names the model's base, train.py's arguments, and a table of scores.
-    """
+    """Write a folder that stock transformers load, a trained pooler beside, and README.md, its hub page."""
     state, name = model.clip.state_dict(), "text_model.embeddings.position_embedding."
     state[name + "weight"] = torch.cat([state.pop(name + "frozen"), state.pop(name + "learned")])
     model.clip.save_pretrained(folder, state_dict=state)
-    tokenizer.model_max_length, size = model.context, model.image_size
-    images = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    tokenizer.model_max_length = model.context
+    images = CLIPImageProcessor(size=model.image_size, crop_size=model.image_size)
     CLIPProcessor(images, tokenizer).save_pretrained(folder)
     if model.has_trained_pooler:
         save_file(model.pooler.state_dict(), Path(folder) / "pooler.safetensors")

@@ -1,16 +1,13 @@
 """Train a β-CLIP.
 
     torchrun train.py --beta 0.5                       # the built-in scenes; also without torchrun, or a GPU
-    torchrun --nproc_per_node 2 train.py --beta 0.5    # two processes: gloo on a CPU, nccl with GPUs
     torchrun --nproc_per_node 4 train.py --beta 0.5 --data sharegpt4v --root DIR       # the paper's recipe
     torchrun train.py --data pairs.jsonl --root IMAGES --val val.jsonl --model RUN/hf  # your own data
     torchrun --nnodes 2 --nproc_per_node 8 --node_rank 0 --master_addr HOST --master_port 29500 train.py …
 
-The scenes start from a small CLIP, as the paper starts from OpenAI's. No hub has it, so the first run trains
-it, in runs/base: on single sentences, as OpenAI's saw short captions, and without β-CAL.
-
-A run's folder, --out, which all nodes share, holds checkpoint.pt, log.jsonl, eval.json and hf/, the model for
-stock transformers. The same command resumes a run, on as many processes as there are then.
+The scenes start from a small CLIP, which the first run trains, in runs/base. A run's folder, --out, which all
+nodes share, holds checkpoint.pt, log.jsonl, eval.json and hf/, the model for stock transformers. The same
+command resumes a run, on as many processes as there are then.
 """
 
 import contextlib
@@ -39,7 +36,7 @@ from loss import beta_cal, clip_loss
 SCENES = dict(model="base", phrases=8, batch_size=64, accum=1, epochs=0.624, lr=1e-3, warmup=0.05, workers=1)
 RECIPE = dict(model="openai/clip-vit-base-patch16", phrases=30, batch_size=64, accum=8, epochs=10, lr=1e-5,
               warmup=0.01, workers=8)  # the paper's, for all other data
-BASE = "runs/base"
+BASE = "runs/base"  # the scenes' CLIP saw single sentences, as OpenAI's saw short captions, and no β-CAL
 BASE_ARGUMENTS = f"--model scratch --cal none --sentences 1 --epochs 0.64 --out {BASE}".split()
 LOG_EVERY = 10  # steps
 BAD_STEPS = 3   # steps in a row whose gradient is not finite end a run
@@ -56,8 +53,7 @@ def arguments(argv=None):
     add("--global-negatives", action="store_true", help="β-CAL over the queries of all processes")
     add("--sentences", type=int, default=5, help="sentence queries per image; with 0, captions still have 5")
     add("--phrases", type=int, help="phrase queries per image, at most")
-    add("--data", default="scenes", help="scenes, sharegpt4v, or what datasets.load_dataset reads: a JSON, "
-        "JSON lines or parquet file, a folder, a hub name")
+    add("--data", default="scenes", help="scenes, sharegpt4v, or what datasets.load_dataset reads")
     add("--columns", metavar="IMAGE,CAPTION", help="the columns of --data and --val")
     add("--root", default="data", help="the folder that image names start from, and of the benchmarks")
     add("--val", help="a file of images and captions to measure retrieval on")
@@ -89,9 +85,8 @@ def arguments(argv=None):
         high = {"beta": 1, "max_norm": math.inf}.get(name, 2**63)
         if type(value) in (int, float) and not (0 < value <= high or value == 0 and name in may_be_zero):
             raise data.InputError(f"--{name.replace('_', '-')} {value}: out of range")
-    if args.out is None:
-        setting = args.cal + (f"-beta{args.beta:g}" if args.cal != "none" else "")
-        args.out = f"runs/{Path(args.data).stem}-{setting}-seed{args.seed}"
+    cal = "none" if args.cal == "none" else f"{args.cal}-beta{args.beta:g}"
+    args.out = args.out or f"runs/{Path(args.data).stem}-{cal}-seed{args.seed}"
     return args
 
 # ------------------------------------------------------------------------------------------- the step
@@ -105,52 +100,43 @@ def parameter_groups(model, wd):
     """AdamW's groups: backbone and pooler, each with its matrices decayed and the rest not."""
     groups = []
     for part, module in (("backbone", model.clip), ("pooler", model.pooler)):
-        trained = [p for p in module.parameters() if p.requires_grad]
-        groups.append(dict(part=part, params=[p for p in trained if p.ndim >= 2], weight_decay=wd))
-        groups.append(dict(part=part, params=[p for p in trained if p.ndim < 2], weight_decay=0.0))
-    return [group for group in groups if group["params"]]
+        params = list(module.parameters())
+        groups.append(dict(part=part, params=[p for p in params if p.ndim >= 2], weight_decay=wd))
+        groups.append(dict(part=part, params=[p for p in params if p.ndim < 2], weight_decay=0.0))
+    return groups
 
 def train_step(net, batches, optimizer, scaler, args):
-    """One optimiser step over args.accum micro-batches, from the iterator `batches`.
-
-    Returns losses [accum, 2] (L_clip, β-CAL), the gradient's norm, and whether it is finite: if not, the step
-    changes nothing.
-    """
+    """A step over args.accum `batches` -> losses [accum, 2] (L_clip, β-CAL), gradient norm, is it finite."""
     model = getattr(net, "module", net)
     dtype = torch.float16 if args.amp == "fp16" else torch.bfloat16
     losses = []
     for micro in range(args.accum):
         batch = next(batches)
-        last = micro == args.accum - 1  # only then do ranks exchange gradients
-        with contextlib.nullcontext() if last or net is model else net.no_sync():
-            with torch.autocast(batch.pixels.device.type, dtype, enabled=args.amp != "off"):
-                cls, text, pooled = net(batch.pixels, batch.texts, batch.owner)     # [B, D], [N, D], [N, D]
-            l_clip = clip_loss(cls, text[batch.captions], model.clip.logit_scale.exp())
-            l_cal = torch.zeros_like(l_clip)
-            if args.cal != "none":
-                scale = model.pooler.logit_scale.exp()
-                l_cal = sum(beta_cal(pooled, text, batch.owner, scale, args.beta, kind, args.global_negatives)
-                            for kind in args.cal.split("+"))
-            scaler.scale((l_clip + args.cal_weight * l_cal) / args.accum).backward()
+        net.require_backward_grad_sync = micro == args.accum - 1  # only then does DDP exchange gradients
+        with torch.autocast(batch.pixels.device.type, dtype, enabled=args.amp != "off"):
+            cls, text, pooled = net(batch.pixels, batch.texts, batch.owner)         # [B, D], [N, D], [N, D]
+        l_clip = clip_loss(cls, text[batch.captions], model.clip.logit_scale.exp())
+        l_cal = torch.zeros_like(l_clip)
+        if args.cal != "none":
+            scale = model.pooler.logit_scale.exp()
+            l_cal = sum(beta_cal(pooled, text, batch.owner, scale, args.beta, kind, args.global_negatives)
+                        for kind in args.cal.split("+"))
+        scaler.scale((l_clip + args.cal_weight * l_cal) / args.accum).backward()
         losses.append(torch.stack([l_clip, l_cal]).detach())
 
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_norm)
     finite = bool(norm.isfinite())     # here, once a step, the host waits for the device
-    if finite or scaler.is_enabled():  # a GradScaler skips such a step itself
+    if finite or scaler.is_enabled():  # else the step changes nothing; a GradScaler sees to it itself
         scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
-    with torch.no_grad():
-        for logit_scale in (model.clip.logit_scale, model.pooler.logit_scale):
-            logit_scale.clamp_(0, math.log(100))
+    for logit_scale in (model.clip.logit_scale, model.pooler.logit_scale):
+        logit_scale.data.clamp_(0, math.log(100))
     return torch.stack(losses), norm, finite
 
 def device_batches(loader, device):
-    """The loader's batches, on the device but for `owner`, which the host reads.
-
-    Raises InputError where more than 1 % of the images, and more than ten, are unreadable.
-    """
+    """The loader's batches, on the device but for `owner`; 1 % of images, or ten, may be unreadable."""
     unreadable, drawn = [], 0
     for batch in loader:
         drawn += len(batch.pixels)
@@ -158,7 +144,7 @@ def device_batches(loader, device):
             if name not in unreadable:
                 tqdm.write(f"unreadable image, another sample is taken: {name}", file=sys.stderr)
             unreadable.append(name)
-        if batch.unreadable and len(unreadable) > max(10, 0.01 * drawn):
+        if len(unreadable) > max(10, 0.01 * drawn):
             raise data.InputError(f"{len(unreadable)} of the {drawn} images of this process were unreadable, "
                                   "more than 1 %: see the names above, and --root")
         batch = batch.to(device)
@@ -166,16 +152,13 @@ def device_batches(loader, device):
 
 # ------------------------------------------------------------------------------------ the run's folder
 def load_checkpoint(path, args):
-    """The state that `save_checkpoint` wrote, or {}. Raises InputError where the folder holds another run."""
-    if not path.is_file():
-        return {}
+    """The state that `save_checkpoint` wrote. Raises InputError where the folder holds another run."""
     saved = models.read(path, "args")
     before = saved["args"]
     changed = [f"{name} {before.get(name)} (now {value})" for name, value in vars(args).items()
                if name not in MAY_CHANGE_ON_RESUME and before.get(name) != value]
     if changed:
-        raise data.InputError(f"--out {args.out} holds another run, with {', '.join(changed)}: "
-                              "choose another --out")
+        raise data.InputError(f"{path} is of another run, with {', '.join(changed)}: choose another --out")
     return saved
 
 def save_checkpoint(path, state):
@@ -197,14 +180,10 @@ def log(args, **line):
     with open(Path(args.out, "log.jsonl"), "a") as file:
         file.write(json.dumps(line) + "\n")
 
-def on_signals(handler):
-    """What SIGTERM and SIGINT do from now on."""
+def on_signals(handler, worker=None):
+    """What SIGTERM and SIGINT do from now on. A loader's `worker` ignores them: the last step needs it."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handler)
-
-def outlive_signals(_):
-    """In a loader's process: a signal may go to all processes, and the step that ends needs its batches."""
-    on_signals(signal.SIG_IGN)
 
 # ------------------------------------------------------------------------------------------------ main
 def build(args):
@@ -234,13 +213,12 @@ def build(args):
     file = Path(args.root, data.SHAREGPT4V) if args.data == "sharegpt4v" else args.data
     return model, tokenizer, data.Captions(file, args.root, model.image_size, *queries, args.columns)
 
-def evaluate_and_export(model, tokenizer, benches, args, **position):
+def evaluate_and_export(model, tokenizer, benches, args, step, epoch):
     """Measure, log, and write hf/, a model for stock transformers -> {bench: {metric: per cent}}."""
-    results = {bench: evaluation.evaluate(model, tokenizer, bench, args.root, args.columns)
-               for bench in benches}
+    results = {name: evaluation.evaluate(model, tokenizer, name, args.root, args.columns) for name in benches}
     model.train()
     if evaluation.is_main():
-        log(args, **position, eval=results)
+        log(args, step=step, epoch=epoch, eval=results)
         try:
             models.export(model, tokenizer, Path(args.out, "hf"), command=args.command,
                           base=args.model, table=evaluation.table(results))
@@ -258,7 +236,7 @@ def main(argv=None):
         main(BASE_ARGUMENTS)
     torch.manual_seed(args.seed)  # the same on every rank
     (rank, world), checkpoint = evaluation.rank_and_world(), Path(args.out, "checkpoint.pt")
-    saved = load_checkpoint(checkpoint, args)
+    saved = load_checkpoint(checkpoint, args) if checkpoint.is_file() else {}
     model, tokenizer, samples = build(args)
     model.to(device)
     benches = ["scenes"] if args.data == "scenes" else evaluation.present(args.root)
@@ -288,43 +266,40 @@ def main(argv=None):
     net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
     # ---- what is done between steps
-    def save(evaluate):
+    def save():
         if rank == 0:
             state = {name: part.state_dict() for name, part in parts.items()}
             save_checkpoint(checkpoint, state | dict(args=vars(args), step=step, seen=seen, total=total,
                                                      world=world, evaluate=evaluate))
 
-    def run_benchmarks():
-        on_signals(signal.SIG_DFL)  # the step is saved: this may be interrupted
-        results = evaluate_and_export(model, tokenizer, benches, args, step=step, epoch=seen / len(samples))
-        on_signals(receive)
-        return results
-
     def crosses(epochs):
-        length = epochs * len(samples)
-        return seen // length > (seen - per_step) // length
+        return seen // (epochs * len(samples)) > (seen - per_step) // (epochs * len(samples))
 
-    received, evaluate = [], saved.get("evaluate", True)
-    receive = lambda number, _: received.append(number)
-    on_signals(receive)
+    evaluate = saved.get("evaluate", True)  # before the first step too: what is broken shows at once
     if not saved:
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        save(evaluate)
+        save()
     del saved  # as large as model and optimiser
-    # before the first step too: what is broken in a benchmark shows at once
-    results = run_benchmarks() if evaluate else {}
 
     # ---- the loop
     left = math.ceil((total - seen) / per_step)
     order = data.batches(len(samples), args.batch_size, seen, seen + left * per_step, rank, world, args.seed)
     collate = partial(data.collate, tokenizer=tokenizer, pack=models.pack, captions_only=args.cal == "none")
     loader = DataLoader(samples, batch_sampler=order, num_workers=args.workers, collate_fn=collate,
-                        worker_init_fn=outlive_signals, pin_memory=device.type == "cuda")
+                        worker_init_fn=partial(on_signals, signal.SIG_IGN), pin_memory=device.type == "cuda")
     warmup = int(args.warmup * len(samples) / per_step)
     progress = tqdm(total=step + left, initial=step, disable=rank > 0, dynamic_ncols=True)
-    bad, skipped, clock, logged = 0, 0, time.perf_counter(), seen
+    received, bad, skipped, clock, logged = [], 0, 0, time.perf_counter(), seen
     with progress as bar, contextlib.closing(device_batches(loader, device)) as batches:  # ends its processes
-        while seen < total:
+        while True:
+            if evaluate:
+                on_signals(signal.SIG_DFL)  # the step is saved: this may be interrupted
+                results = evaluate_and_export(model, tokenizer, benches, args, step, seen / len(samples))
+                clock, logged = time.perf_counter(), seen
+            if seen >= total:
+                break
+            on_signals(lambda number, _: received.append(number))  # a step may not
+
             now, end = seen / per_step, total / per_step  # in steps
             lr = cosine(now, end, args.lr, 1e-2 * args.lr, warmup, 1e-4 * args.lr)
             lr_pooler = cosine(now, end, args.lr_pooler, 0.1 * args.lr_pooler)
@@ -356,20 +331,15 @@ def main(argv=None):
 
             evaluate = last or crosses(args.eval_every)
             if evaluate or stop or step % args.save_every == 0 or crosses(1):
-                save(evaluate)
+                save()
             if stop:
                 name = signal.Signals(stop.item()).name
                 tqdm.write(f"{name}: stopped after step {step}; the same command resumes", file=sys.stderr)
                 raise SystemExit(128 + stop.item())
-            if evaluate:
-                results = run_benchmarks()
-                clock, logged = time.perf_counter(), seen
-    on_signals(signal.SIG_DFL)
     if rank == 0:
         Path(args.out, "eval.json").write_text(json.dumps(results, indent=1) + "\n")
         print(f"{args.out}\n{evaluation.HEADER}\n{evaluation.table(results)}")
-    if world > 1:
-        dist.barrier()  # hf/ is there for all
+    evaluation.sum_over_ranks(torch.zeros(1))  # the others wait for hf/
 
 if __name__ == "__main__":
     main()
