@@ -255,7 +255,11 @@ def run_model(source):
     return Path(source, "hf") if Path(source, "hf").is_dir() else source
 
 def load(source, heads=None, size=None):
-    """A run's folder, authors' .pt (`heads`) or CLIP (folder, hub name) -> BetaCLIP, for images of `size`."""
+    """A run's folder, an authors' .pt, or a Hugging Face CLIP (folder or hub name) -> BetaCLIP, on the CPU.
+
+    heads: attention heads of the authors' towers, where a head is not 64 wide
+    size:  pixels of an image's side, where not the model's own: its positions are resampled
+    """
     if Path(source).suffix == ".pt":
         model = from_authors(read(source, "state_dict")["state_dict"], heads)
     else:

@@ -106,7 +106,10 @@ def parameter_groups(model, wd):
     return groups
 
 def train_step(net, batches, optimizer, scaler, args):
-    """A step over args.accum `batches` -> losses [accum, 2] (L_clip, β-CAL), gradient norm, is it finite."""
+    """One optimiser step over args.accum micro-batches, from the iterator `batches`.
+
+    Returns losses [accum, 2] (L_clip, β-CAL), the gradient's norm, and whether it is finite.
+    """
     model = getattr(net, "module", net)
     dtype = torch.float16 if args.amp == "fp16" else torch.bfloat16
     losses = []
