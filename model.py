@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 from transformers.utils import logging
 
 logging.disable_progress_bar()
-logging.set_verbosity_error()  # its report of missing weights is a page long; `pretrained` raises an error
+logging.set_verbosity_error()  # its report of missing weights is a page long; `load` raises an error
 FROZEN_POSITIONS = 20  # the first text positions keep their values
 CPU_TOKENS = 4096  # in an MLP at a time on a CPU: larger arrays leave the cache, and malloc maps them anew
 OPENAI = "openai/clip-vit-base-patch16"  # all of OpenAI's CLIPs share its tokenizer
