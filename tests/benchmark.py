@@ -127,7 +127,6 @@ def text(device, repeats):
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             for embeddings in encode():  # each level by itself: the same work in less memory
                 embeddings.float().sum().backward()
-
     model, texts = build("ViT-B/16" if device == "cuda" else "small", device), drawn.texts.to(device)
     packed = lambda: run(lambda: [model.encode_text(texts)])
     ours, plain = in_turn(repeats, packed, lambda: run(lambda: padded(model, drawn)))
@@ -145,7 +144,6 @@ def host(device, repeats):
         one, = train.device_batches([drawn], "meta")
         with contextlib.suppress(InterruptedError):
             model(one.pixels, one.texts, one.owner)
-
     for images, goal in ((64, 2), (512, 15)):
         drawn = batch(images)
         seconds, = in_turn(max(20, repeats), step)
