@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+NOTES = r"note: |nothing will be|unreadable image, another|.*(fresh pooler|is trained on|\d%\||examples)|$"
 sys.path.insert(0, str(ROOT))              # the scripts are no package
 os.environ["HF_HUB_OFFLINE"] = "1"         # no test may depend on a download,
 os.environ["CUDA_VISIBLE_DEVICES"] = ""    # nor bit-exact comparisons on a GPU
@@ -52,8 +53,7 @@ def refused(capfd):
         with pytest.raises(SystemExit) as stop:
             main([str(part) for part in argv])
         error = capfd.readouterr().err
-        notes = r"note: |nothing will be|unreadable image, another|.*(fresh pooler|is trained on|\d%\||examples)|$"
-        lines = [line for line in re.split(r"\s*[\r\n]+\s*", error) if not re.match(notes, line)]
+        lines = [line for line in re.split(r"\s*[\r\n]+\s*", error.strip()) if not re.match(NOTES, line)]
         assert stop.value.code == 2 and len(lines) == 1, error
         return lines[0]
     return run

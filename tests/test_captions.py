@@ -119,14 +119,12 @@ def test_sv1k_is_never_trained_on(monkeypatch):
     assert [caption for _, [caption] in held_out] == [f"Number {i}" for i in range(3)]
 
 def test_a_draw_has_one_of_its_rows_captions_and_the_phrases_that_the_row_brings():
-    rows = [(["A red dog sits.\nA cat cat sleeps"], ["red dog", "cat"]),
-            (["One", " ", "Two"], []), ([" \n"], []), ([], [])]
+    rows = [(["A dog sits.\nA cat cat sleeps"], ["dog", "cat"]), (["One", " ", "Two"], []), ([" \n"], []), ([], [])]
     write(NAMES, [ROW | {"caption": captions, "phrases": phrases} for captions, phrases in rows])
     samples = read(NAMES, sentences=1, phrases=9)
     assert len(samples) == 2  # without those that have no caption
     drawn = {tuple(text for text, _ in samples[draw // 2, draw % 2][1][1:]) for draw in range(40)}
-    assert drawn == {("A red dog sits", "red dog", "cat"), ("A cat sleeps", "red dog", "cat"),
-                     ("One",), ("Two",)}
+    assert drawn == {("A dog sits", "dog", "cat"), ("A cat sleeps", "dog", "cat"), ("One",), ("Two",)}
 
 def test_odd_images_are_trained_on_right():
     noise = Image.open(picture(IMAGES / "noise.png", (60, 50)))
