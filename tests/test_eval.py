@@ -257,7 +257,8 @@ def test_heatmaps_equal_their_definitions_and_have_a_row_per_model_and_kind(clip
     attn = model.requires_grad_(False).pooler.attn
     file = picture(tmp_path / "a.png", size)
     found = evaluation.heatmaps(model, tokenizer, Image.open(file), queries)
-    patches = model.encode_image(data.normalize(data.to_pixels(Image.open(file), 64)[None]))[1][0]
+    pixels = data.to_pixels(Image.open(file).resize((64, 64)), 64)
+    patches = model.encode_image(data.normalize(pixels[None]))[1][0]
     texts = model.encode_text([torch.tensor(ids) for ids in data.tokenize(tokenizer, queries)])
     cosine = torch.stack([F.cosine_similarity(text, patches) for text in texts]).view(4, 8, 8).numpy()
     assert found["cosine of patches"] == pytest.approx(cosine, abs=1e-6)

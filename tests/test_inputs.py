@@ -1,6 +1,5 @@
 """What is impossible or broken ends in one line that names it, and exit code 2."""
 
-import builtins
 import json
 import os
 import shutil
@@ -77,7 +76,7 @@ def test_broken_models(refused, clip, folder, quick, kind):
 
 class Payload:
     def __reduce__(self):
-        return exec, ("import builtins; builtins.executed = True",)
+        return os.mkdir, ("executed",)
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "authors.pt"])
 def test_a_pickle_in_a_checkpoint_is_not_executed(refused, clip, folder, name):
@@ -85,10 +84,9 @@ def test_a_pickle_in_a_checkpoint_is_not_executed(refused, clip, folder, name):
     file = folder / "model" / name
     torch.save({"state_dict": Payload()}, file)
     assert str(folder) in refused(evaluation.main, "--ckpt", file if name == "authors.pt" else file.parent)
-    assert not hasattr(builtins, "executed")
+    assert not (folder / "executed").exists()
     torch.load(file, weights_only=False)  # as it would have been
-    assert builtins.executed
-    del builtins.executed
+    assert (folder / "executed").exists()
 
 def coco(*captions):
     return {"images": [{"id": 0, "file_name": "a.jpg"}, {"id": 1, "file_name": "b.jpg"}],
