@@ -21,12 +21,10 @@ from pathlib import Path
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))                # the scripts are no package
-os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",  # as in a loader's process
-               "MALLOC_MMAP_THRESHOLD_": "1000000"}                  # what is freed is given back at once
+os.environ |= {"HF_HUB_OFFLINE": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}  # what is freed is given back
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from datasets import Dataset
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -129,7 +127,6 @@ def text(device, repeats):
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             for embeddings in encode():  # each level by itself: the same work in less memory
                 embeddings.float().sum().backward()
-
     model, texts = build("ViT-B/16" if device == "cuda" else "small", device), drawn.texts.to(device)
     packed = lambda: run(lambda: [model.encode_text(texts)])
     ours, plain = in_turn(repeats, packed, lambda: run(lambda: padded(model, drawn)))
@@ -147,7 +144,6 @@ def host(device, repeats):
         one, = train.device_batches([drawn], "meta")
         with contextlib.suppress(InterruptedError):
             model(one.pixels, one.texts, one.owner)
-
     for images, goal in ((64, 2), (512, 15)):
         drawn = batch(images)
         seconds, = in_turn(max(20, repeats), step)
@@ -189,8 +185,7 @@ def losses(device, repeats):
     for kind, name in (("ce", "soft"), ("bce", "hard")):
         ours, plain = in_turn(repeats, cal(device, kind, loss.beta_cal), cal(device, kind, dense))
         line(f"β-CAL, {name}, N = 9,216, D = 512, against dense: s", ours, plain, plain / ours, least=1)
-        (ours, alone), = fresh(cost, (kind, loss.beta_cal))
-        (plain, _), = fresh(cost, (kind, dense))
+        (ours, alone), (plain, _) = fresh(cost, (kind, loss.beta_cal), (kind, dense))
         line("the same on a CPU: extra peak memory, GiB", ours, plain, plain / ours, least=8)
         with tempfile.TemporaryDirectory() as folder:
             ranks = fresh(cost, *((kind, loss.beta_cal, 64, folder, rank) for rank in range(4)))
@@ -201,57 +196,19 @@ def losses(device, repeats):
             seconds, = in_turn(1, cal(device, kind, loss.beta_cal, 4096))
             line("the same, N = 147,456: s, GiB", seconds, torch.cuda.max_memory_allocated() / 2**30)
 
-def photo(width, height):
-    """A JPEG in memory, of noise about as compressible as photographs."""
-    noise = Image.frombytes("RGB", (width // 4, height // 4), os.urandom(width // 4 * (height // 4) * 3))
-    noise.resize((width, height)).save(file := io.BytesIO(), "JPEG", quality=90)
-    return file
-
-def loader(device, repeats):
-    """What a loader's process does: texts of samples (6 sentences, 24 phrases), JPEGs of SAM's size."""
-    rng, tokenizer, files = random.Random(0), data.scenes_tokenizer(), [photo(2250, 1500) for _ in range(6)]
-    nlp, matchers = data.parser()
-    scenes = [data.describe(data.scene("train", index)) for index in range(64)]
-    rows = Dataset.from_dict({"sentences": [sentences for sentences, _ in scenes],
-                              "phrases": [data.parse(sentences) for sentences, _ in scenes]})
-
-    def draw(row):
-        chosen = data.draw_sentences(6, 5, rng)
-        phrases = data.order_phrases([row["phrases"][i] for i in chosen])
-        return data.make_queries([row["sentences"][i] for i in chosen], phrases, (5, 30))
-
-    def ours():
-        data.collate([(torch.zeros(3, 1, 1), draw(row), []) for row in rows], tokenizer, models.pack)
-
-    def plain():
-        for queries in map(draw, rows):
-            data.extract_phrases(nlp(queries[0][0]), matchers)
-            for text, _ in queries:
-                torch.tensor(tokenizer(text)["input_ids"])
-
-    def crops(decode_all):
-        for file in files:
-            with Image.open(file) as image:
-                if decode_all:
-                    image.load()  # then random_crop's `draft` has no effect
-                data.random_crop(image, 224, rng)
-
-    fast, slow = (1e3 * seconds / 64 for seconds in in_turn(repeats, ours, plain))
-    line("texts of a sample, against spaCy at each draw: ms", fast, slow, slow / fast, least=10)
-    draft, full = (1e3 * s / 6 for s in in_turn(repeats, partial(crops, False), partial(crops, True)))
-    line("a JPEG of 2250 x 1500 to 224 x 224, against decoding all: ms", draft, full, full / draft)
-    line("samples/s of a core: with such images, texts alone", 1e3 / (draft + fast), 1e3 / fast)
-
 @torch.inference_mode()
 def regions(device, repeats):
     """FG-OVD's protocol on 40 images, with as many boxes an image, and texts a box, as there."""
     model, goal = (build("ViT-B/16", device), 10) if device == "cuda" else (build("small"), 4)
-    run = partial(evaluation.fine_grained, model.eval(), data.scenes_tokenizer(), Image.open)
-    files, boxes = [photo(640, 480) for _ in range(40)], data.scene_boxes("val")[:4 * 40]
+    noise = Image.frombytes("RGB", (160, 120), os.urandom(160 * 120 * 3)).resize((640, 480))
+    noise.save(jpeg := io.BytesIO(), "JPEG", quality=90)  # about as large as a photograph's
+    load = lambda _: Image.open(io.BytesIO(jpeg.getvalue()))
+    run = partial(evaluation.fine_grained, model.eval(), data.scenes_tokenizer(), load)
+    boxes = data.scene_boxes("val")[:4 * 40]
     rows = [(box["image"], box["box"], box[split]) for box in boxes for split in evaluation.FGOVD]
     rows = random.Random(0).sample(rows, 266)
-    singly = lambda: [run([files[image]], {"": [(0, *rest)]}) for image, *rest in rows]
-    ours, plain = (266 / s for s in in_turn(repeats, lambda: run(files, {"": rows}), singly))
+    singly = lambda: [run([image], {"": [(0, *rest)]}) for image, *rest in rows]
+    ours, plain = (266 / s for s in in_turn(repeats, lambda: run(range(40), {"": rows}), singly))
     line("FG-OVD: boxes/s, against one at a time", ours, plain, ours / plain, least=goal)
 
 def trainer(device, name, *options):
@@ -319,7 +276,7 @@ def trainings(device, repeats):
                     fresh(training, (device, rate, name, images, phrases, *options))
 
 if __name__ == "__main__":
-    parts = {part.__name__: part for part in (text, host, losses, loader, regions, steps, trainings)}
+    parts = {part.__name__: part for part in (text, host, losses, regions, steps, trainings)}
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+NOTES = r"note: |nothing will be|unreadable image, another|.*(fresh pooler|is trained on|\d%\||examples)|$"
 sys.path.insert(0, str(ROOT))              # the scripts are no package
 os.environ["HF_HUB_OFFLINE"] = "1"         # no test may depend on a download,
 os.environ["CUDA_VISIBLE_DEVICES"] = ""    # nor bit-exact comparisons on a GPU
 import torch
 from PIL import Image
+from transformers import CLIPConfig, CLIPModel
 
 import data
 import eval as evaluation
@@ -37,6 +39,12 @@ def picture(path, size=(90, 70), seed=0):
     noise.resize(size, Image.Resampling.BICUBIC).save(path)
     return path
 
+def new_model(clip, **text):
+    """Replace the CLIP in a folder by one of another text_config."""
+    config = CLIPConfig.from_pretrained(clip)
+    config.text_config.update(text)
+    CLIPModel(config).save_pretrained(clip)
+
 @pytest.fixture
 def refused(capfd):
     """main, its arguments -> the one line that it ends in on stderr, with exit code 2 (but for notes)."""
@@ -45,9 +53,7 @@ def refused(capfd):
         with pytest.raises(SystemExit) as stop:
             main([str(part) for part in argv])
         error = capfd.readouterr().err
-        notes = (r"\s*($|note: |nothing will be|unreadable image, another|.*fresh pooler|.*is trained on"
-                 r"|.*\d%\||.*examples)")
-        lines = [line.strip() for line in re.split("[\r\n]+", error) if not re.match(notes, line)]
+        lines = [line for line in re.split(r"\s*[\r\n]+\s*", error.strip()) if not re.match(NOTES, line)]
         assert stop.value.code == 2 and len(lines) == 1, error
         return lines[0]
     return run
@@ -61,11 +67,9 @@ def tokenizer():
     return data.scenes_tokenizer()
 
 @pytest.fixture
-def tiny(tokenizer):
+def tiny(clip):
     torch.manual_seed(0)
-    model = models.from_scratch(tokenizer)
-    model.has_trained_pooler = True
-    return model
+    return models.load(clip).train()
 
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory, tokenizer):

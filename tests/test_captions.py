@@ -62,7 +62,6 @@ def test_phrases_are_the_authors_and_parsed_once_by_all_processes(golden, monkey
             words, *columns = ([token[name] for token in parse] for name in ("text", "pos", "dep", "head"))
             spaces = [token.get("space", True) for token in parse]
             yield spacy.tokens.Doc(vocab, words, spaces, **dict(zip(("pos", "deps", "heads"), columns)))
-
     monkeypatch.setattr(spacy, "load", Mock(return_value=Mock(vocab=vocab, pipe=pipe)))
     write(NAMES, [ROW | {"caption": case.get("text") or ". ".join(case["sentences"])} for case in cases])
     with multiprocessing.get_context("fork").Pool(2) as pool:
@@ -72,8 +71,7 @@ def test_phrases_are_the_authors_and_parsed_once_by_all_processes(golden, monkey
     assert parsed.count("\n") == sum(len(captions[0]) for captions in samples.captions["sentences"])
     same = sum([text for text, level in samples[0, index][1] if level == "phrase"] == case["phrases"]
                for index, case in enumerate(cases))
-    print(f"{same} of {len(cases)} lists are equal")
-    assert same >= least
+    assert same >= least, f"{same} of {len(cases)} lists are equal"
     monkeypatch.setattr(data, "__file__", write(Path("data.py"), Path(data.__file__).read_text() + "#"))
     read(NAMES, phrases=30)
     assert log.read_text() == parsed * 2  # other code parses anew
@@ -93,13 +91,13 @@ def test_curly_quotes_are_straightened_before_the_real_bpe():
 def test_every_form_of_data_reads_alike(source):
     rows = [{"image": f"{i}.jpg", "caption": f"Number {i}, an emoji 🦊. عربي"} for i in range(4)]
     files = [picture(IMAGES / row["image"], (64, 64), seed) for seed, row in enumerate(rows)]
-    inside = [{"bytes": file.read_bytes(), "path": None} for file in files]
-    table = datasets.Dataset.from_list([row | {"image": image} for row, image in zip(rows, inside)])
-    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    for name, content in ("a.json", rows), ("a.jsonl", lines), ("b.json", {"annotations": rows}):
-        write(Path(name), content)
-    write(IMAGES / "metadata.jsonl", lines.replace('"image"', '"file_name"'))
+    inside = [row | {"image": {"bytes": file.read_bytes()}} for row, file in zip(rows, files)]
+    table = datasets.Dataset.from_list(inside)
     table.to_parquet("a.parquet")
+    write(NAMES, rows)
+    write(Path("b.json"), {"annotations": rows})
+    write(Path("a.jsonl"), lines := "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    write(IMAGES / "metadata.jsonl", lines.replace('"image"', '"file_name"'))
     Path("hub/name").mkdir(parents=True)
     for part in range(2):
         table.cast_column("image", datasets.Image()).shard(2, part).to_parquet(f"hub/name/{part}.parquet")
@@ -114,21 +112,18 @@ def test_sv1k_is_never_trained_on(monkeypatch):
     monkeypatch.setattr(data, "HELD_OUT", 3)
     answers = [[("human", "What?"), ("gpt", f"Number {i}"), ("gpt", "Another answer")] for i in range(8)]
     talks = [[{"from": name, "value": text} for name, text in answer] for answer in answers]
-    write(IMAGES / data.SHAREGPT4V, [{"image": "a.png", "conversations": talk} for talk in talks])
-    samples = read(IMAGES / data.SHAREGPT4V)
+    rows = [{"image": "a.png", "conversations": talk} for talk in talks]
+    samples = read(source := write(IMAGES / data.SHAREGPT4V, rows))
     assert [samples[0, i][1][0][0] for i in range(len(samples))] == [f"Number {i}" for i in range(3, 8)]
-    held_out = evaluation.sv1k(IMAGES / data.SHAREGPT4V)
-    assert [caption for _, [caption] in held_out] == [f"Number {i}" for i in range(3)]
+    assert [text for _, [text] in evaluation.sv1k(source)] == [f"Number {i}" for i in range(3)]
 
 def test_a_draw_has_one_of_its_rows_captions_and_the_phrases_that_the_row_brings():
-    rows = [(["A red dog sits.\nA cat cat sleeps"], ["red dog", "cat"]),
-            (["One", " ", "Two"], []), ([" \n"], []), ([], [])]
+    rows = (["A dog sits.\nA cat cat lies"], ["dog", "cat"]), (["1", " ", "2"], []), ([" \n"], []), ([], [])
     write(NAMES, [ROW | {"caption": captions, "phrases": phrases} for captions, phrases in rows])
     samples = read(NAMES, sentences=1, phrases=9)
     assert len(samples) == 2  # without those that have no caption
     drawn = {tuple(text for text, _ in samples[draw // 2, draw % 2][1][1:]) for draw in range(40)}
-    assert drawn == {("A red dog sits", "red dog", "cat"), ("A cat sleeps", "red dog", "cat"),
-                     ("One",), ("Two",)}
+    assert drawn == {("A dog sits", "dog", "cat"), ("A cat lies", "dog", "cat"), ("1",), ("2",)}
 
 def test_odd_images_are_trained_on_right():
     noise = Image.open(picture(IMAGES / "noise.png", (60, 50)))
@@ -176,10 +171,8 @@ def test_unreadable_images_are_replaced_and_named_once(tmp_path, clip, refused, 
     train.main(flags)  # goes on, and draws each image seven times
     assert capfd.readouterr().err.count("another sample is taken: gone.jpg: ") == 1
     assert json.loads(Path("other/eval.json").read_text())["val.json"]["T2I R@1"] == 100
-
-def test_up_to_one_per_cent_of_the_images_may_be_unreadable():
     batch = data.Batch(torch.zeros(2000, 3, 1, 1), models.pack([[0, 1]]), *torch.zeros(3, 1), ["a"] * 20)
-    assert len(list(train.device_batches([batch], "cpu"))) == 1
+    assert len(list(train.device_batches([batch], "cpu"))) == 1  # one per cent may be unreadable
     with pytest.raises(data.InputError):
         list(train.device_batches([batch._replace(unreadable=batch.unreadable + ["b"])], "cpu"))
 
@@ -191,15 +184,12 @@ def test_up_to_one_per_cent_of_the_images_may_be_unreadable():
     ([ROW | {"image": ["a.png"]}], "a.json cannot be read: Cannot", ""),
     ([ROW | {"caption": 7}], "a.json cannot be read: captions must be texts", ""),
     ([ROW, ROW | {"caption": 7}], "texts, or lists of texts", ""),
-    ([], "a.json cannot be read", ""),
-    ("", "a.json cannot be read", ""),
-    ('[{"image": "a.png", "capt', "a.json cannot be read", ""),
+    *((broken, "a.json cannot be read", "") for broken in ([], "", '[{"image": "a.png", "capt')),
     ([ROW | {"caption": " \n"}] * 9, "only 0 samples", ""),
     ([ROW] * 3, "--batch-size 4 x 1: only 3 samples", ""),
     ([ROW] * 2100, "python -m spacy download en_core_web_sm`, or pass --phrases 0", "--phrases 9"),
     ([ROW], "no/where cannot be read", "--data no/where"),
-    ([ROW], "nowhere: no .json, .jsonl or .parquet file, no folder", "--data nowhere"),
-])
+    ([ROW], "nowhere: no .json, .jsonl or .parquet file, no folder", "--data nowhere")])
 def test_impossible_data_ends_in_one_line(clip, refused, content, complaint, flags):
     write(NAMES, content)
     line = refused(train.main, *FLAGS, clip, *flags.split())

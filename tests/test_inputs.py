@@ -1,6 +1,5 @@
 """What is impossible or broken ends in one line that names it, and exit code 2."""
 
-import builtins
 import json
 import os
 import shutil
@@ -17,11 +16,12 @@ import data
 import eval as evaluation
 import model as models
 import train
-from conftest import ROOT, picture, write
+from conftest import ROOT, new_model, picture, write
 
 SHARE, COCO, HARD = data.SHAREGPT4V, "captions_val2017.json", evaluation.FGOVD["hard"]
 POOLER = models.PatchPooler(64).state_dict()
 QUICK = ["--max-steps", "1", "--batch-size", "4", "--workers", "0", "--out", "run"]
+TALK = {"conversations": [{"from": "gpt", "value": "x"}]}
 BOX = {"img_path": "val2017/a.jpg", "bbox": [5, 5, 9, 9], "pos_expression": ["x"], "neg_expression": ["y"]}
 
 @pytest.fixture(autouse=True)
@@ -57,25 +57,17 @@ def test_impossible_arguments_of_evaluation(refused, clip, folder, quick, flags)
 def test_no_runs_to_evaluate(refused):
     assert "no run under runs/" in refused(evaluation.main, "--bench", "scenes")
 
-def new_model(clip, **text):
-    """Replace the CLIP in a folder by one of another text_config."""
-    config = CLIPConfig.from_pretrained(clip)
-    config.text_config.update(text)
-    CLIPModel(config).save_pretrained(clip)
-
 BROKEN_MODELS = {  # what is done to the folder of a Hugging Face CLIP
     "no weights": lambda clip: (clip / "model.safetensors").unlink(),
     "half of the weights": lambda clip: save_file(
         CLIPModel.from_pretrained(clip).text_model.state_dict(), clip / "model.safetensors"),
     "cut weights": lambda clip: os.truncate(clip / "model.safetensors", 5000),
-    "weights of another size": lambda clip: CLIPConfig.from_pretrained(
-        clip, projection_dim=9).save_pretrained(clip),
+    "another size": lambda clip: CLIPConfig.from_pretrained(clip, projection_dim=9).save_pretrained(clip),
     "a short context": lambda clip: new_model(clip, max_position_embeddings=64),
     "a config that is no JSON": lambda clip: write(clip / "config.json", "{"),
     "no tokenizer": lambda clip: [path.unlink() for path in clip.glob("*token*")],
     "a tokenizer of more tokens": lambda clip: new_model(clip, vocab_size=300),
-    "a pooler of another width": lambda clip: save_file(POOLER, clip / "pooler.safetensors"),
-}
+    "a pooler of another width": lambda clip: save_file(POOLER, clip / "pooler.safetensors")}
 
 @pytest.mark.parametrize("kind", BROKEN_MODELS)
 def test_broken_models(refused, clip, folder, quick, kind):
@@ -84,7 +76,7 @@ def test_broken_models(refused, clip, folder, quick, kind):
 
 class Payload:
     def __reduce__(self):
-        return exec, ("import builtins; builtins.executed = True",)
+        return os.mkdir, ("executed",)
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "authors.pt"])
 def test_a_pickle_in_a_checkpoint_is_not_executed(refused, clip, folder, name):
@@ -92,13 +84,9 @@ def test_a_pickle_in_a_checkpoint_is_not_executed(refused, clip, folder, name):
     file = folder / "model" / name
     torch.save({"state_dict": Payload()}, file)
     assert str(folder) in refused(evaluation.main, "--ckpt", file if name == "authors.pt" else file.parent)
-    assert not hasattr(builtins, "executed")
+    assert not (folder / "executed").exists()
     torch.load(file, weights_only=False)  # as it would have been
-    assert builtins.executed
-    del builtins.executed
-
-def talk(image, caption):
-    return [{"image": image, "conversations": [{"from": "gpt", "value": caption}]}]
+    assert (folder / "executed").exists()
 
 def coco(*captions):
     return {"images": [{"id": 0, "file_name": "a.jpg"}, {"id": 1, "file_name": "b.jpg"}],
@@ -112,17 +100,16 @@ def coco(*captions):
     ("coco", "val2017/b.jpg", b"", ["val2017/b.jpg", "unreadable"]),
     ("coco", "val2017/b.jpg", "cut", ["val2017/b.jpg", "unreadable"]),
     ("urban1k", "Urban1k/caption/b.txt", None, ["Urban1k/caption/b.txt"]),
-    ("sv1k", SHARE, json.dumps(talk("val2017/a.jpg", "x"))[:-9], [SHARE]),
-    ("sv1k", SHARE, talk("../a.jpg", "x"), ["../a.jpg", "leads out of"]),
-    ("sv1k", SHARE, talk("/proc/a.jpg", "x"), ["/proc/a.jpg", "leads out of"]),
+    ("sv1k", SHARE, json.dumps([TALK | {"image": "val2017/a.jpg"}])[:-9], [SHARE]),
+    ("sv1k", SHARE, [TALK | {"image": "../a.jpg"}], ["../a.jpg", "leads out of"]),
+    ("sv1k", SHARE, [TALK | {"image": "/proc/a.jpg"}], ["/proc/a.jpg", "leads out of"]),
     ("a.json", "a.json", [{"image": "val2017/a.jpg", "caption": None}], ["a.json", "val2017/a.jpg"]),
     ("fgovd", HARD, json.dumps(BOX) + '\n{"img_path": "val2017/a.jpg"}', [f"{HARD}, row 2", "bbox"]),
     ("fgovd", HARD, BOX | {"neg_expression": []}, [f"{HARD}, row 1", "neg_expression"]),
     ("fgovd", HARD, BOX | {"bbox": [5, 5, 20]}, [f"{HARD}, row 1"]),
     ("fgovd", HARD, BOX | {"bbox": [5, 5, 20, 0]}, [f"{HARD}, row 1", "bbox"]),
     ("fgovd", HARD, BOX | {"bbox": [95, 5, 20, 30]}, ["val2017/a.jpg", "95", "outside of the image"]),
-    ("fgovd", HARD, "", [HARD, "no rows"]),
-])
+    ("fgovd", HARD, "", [HARD, "no rows"])])
 def test_broken_benchmarks_are_named(refused, clip, folder, bench, file, content, names):
     for name in "ab":
         picture(folder / f"val2017/{name}.jpg")
@@ -140,10 +127,7 @@ def test_broken_benchmarks_are_named(refused, clip, folder, bench, file, content
 
 def test_real_processes_say_one_line(clip, folder):
     BROKEN_MODELS["cut weights"](shutil.copytree(clip, folder / "clip"))
-    scripts = (["train.py", "--beta", "nan"], ["eval.py", "--ckpt", folder / "clip"])
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    started = [subprocess.Popen([sys.executable, *argv], cwd=ROOT, **pipes) for argv in scripts]
-    for process, argv in zip(started, scripts):
-        out, error = process.communicate()
-        assert process.returncode == 2 and out == "", error
-        assert error.startswith(f"{argv[0]}: ") and error.count("\n") == 1, error
+    for argv in ["train.py", "--beta", "nan"], ["eval.py", "--ckpt", folder / "clip"]:
+        run = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 2 and run.stdout == "", run.stderr
+        assert run.stderr.startswith(f"{argv[0]}: ") and run.stderr.count("\n") == 1, run.stderr
