@@ -26,7 +26,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel
@@ -36,6 +35,7 @@ import eval as evaluation
 import loss
 import model as models
 import train
+from test_loss import Made
 
 SIZES = {  # patch, D, width and layers of the image tower and of the text tower
     "ViT-B/16": (16, 512, (768, 12), (512, 12)), "ViT-L/14": (14, 768, (1024, 24), (768, 12)),
@@ -102,13 +102,6 @@ def padded(model, batch):
         x = text.final_layer_norm(x)[torch.arange(len(x)), lengths[own] - 1]       # [n, W]
         yield model.clip.text_projection(x)
 
-class Operations(TorchDispatchMode):
-    total = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.total += not function.is_view
-        return function(*args, **kwargs or {})
-
 def text(device, repeats):
     """The packed text tower: its tokens, its operations, its seconds."""
     narrow, drawn, tokens = build("narrow"), batch(), []
@@ -116,12 +109,12 @@ def text(device, repeats):
     mlp.register_forward_hook(lambda mlp, given, out: tokens.append(len(out)))
     stub = lambda query, key, value, *_: query + (key + value)[:len(query)]
     as_on_a_gpu = mock.patch.multiple(models, attend=stub, CPU_TOKENS=10**9)
-    with as_on_a_gpu, torch.autocast("cpu"), Operations() as operations:
+    with as_on_a_gpu, torch.autocast("cpu"), Made() as made:
         narrow.encode_text(drawn.texts).sum().backward()
     with mock.patch.object(models, "pack", list):
         real = sum(map(len, {tuple(text) for text in batch().texts}))
     line("text tokens of 64 images, K = 36: processed, real", *tokens, real, tokens[0] / real, most=1)
-    line("operations of 12 text layers, both passes, no attention", ratio=operations.total, most=2500)
+    line("operations of 12 text layers, both passes, no attention", ratio=made.operations, most=2500)
 
     def run(encode):
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
@@ -281,11 +274,9 @@ if __name__ == "__main__":
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     evaluation.init_processes()
-    device = torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} CPU threads"
-    print(f"{f'{device}, torch {torch.__version__}':<62}    ours   plain   ratio  goal")
+    name = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"{f'{name}, torch {torch.__version__}':<62}    ours   plain   ratio  goal")
     for part in args.only:
         parts[part](args.device, args.repeats)

@@ -30,6 +30,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     write(tmp_path / "FILE", "no more than a text")
+    torch.save({"weights": torch.ones(1)}, write(tmp_path / "other.pt", ""))
     (tmp_path / "EMPTY").mkdir()
     picture(tmp_path / "good.png")
     return tmp_path
@@ -46,7 +47,7 @@ def test_impossible_arguments_of_training(refused, clip, folder, quick, flags):
 
 @pytest.mark.parametrize("flags", [
     "--bench urban", "--bench gone.jsonl", "--bench urban1k --root FILE", "--bench fgovd --root EMPTY",
-    "--size 60", "--ckpt nowhere", "--ckpt EMPTY", "--ckpt FILE", "--json EMPTY",
+    "--size 60", "--ckpt nowhere", "--ckpt EMPTY", "--ckpt FILE", "--ckpt other.pt", "--json EMPTY",
     "--json gone/s.json", "--heatmap good.png", "--heatmap gone.png gone", "--heatmap scene:x scene:x",
     "--heatmap FILE FILE", "--heatmap good.png a --out EMPTY/a", "--heatmap good.png a --out gone/a.png"])
 def test_impossible_arguments_of_evaluation(refused, clip, folder, quick, flags):

@@ -162,14 +162,6 @@ def test_stock_transformers_load_the_export_and_agree(tiny, tokenizer, tmp_path)
         assert_close(text, model.clip.text_projection(alone))
     assert_close(*pooled)
 
-@pytest.mark.parametrize("name, error", [("empty", OSError), ("text.pt", OSError), ("a.pt", OSError)])
-def test_what_is_no_model_is_named(tmp_path, name, error):
-    (tmp_path / "empty").mkdir()
-    write(tmp_path / "text.pt", "not torch at all")
-    torch.save({"weights": torch.ones(1)}, tmp_path / "a.pt")
-    with pytest.raises(error, match=name):
-        models.load(tmp_path / name)
-
 @pytest.mark.parametrize("kind", ["ce", "bce"])
 def test_forward_losses_and_gradients_golden(golden, kind):
     model = models.load(golden / "authors_checkpoint.pt", heads=4)
