@@ -1,13 +1,16 @@
 """Train a β-CLIP.
 
     torchrun train.py --beta 0.5                       # the built-in scenes; also without torchrun, or a GPU
+    torchrun --nproc_per_node 2 train.py --beta 0.5    # two processes: gloo on a CPU, nccl with GPUs
     torchrun --nproc_per_node 4 train.py --beta 0.5 --data sharegpt4v --root DIR       # the paper's recipe
     torchrun train.py --data pairs.jsonl --root IMAGES --val val.jsonl --model RUN/hf  # your own data
     torchrun --nnodes 2 --nproc_per_node 8 --node_rank 0 --master_addr HOST --master_port 29500 train.py …
 
-The scenes start from a small CLIP, which the first run trains, in runs/base. A run's folder, --out, which all
-nodes share, holds checkpoint.pt, log.jsonl, eval.json and hf/, the model for stock transformers. The same
-command resumes a run, on as many processes as there are then.
+The scenes start from a small CLIP, as the paper starts from OpenAI's. No hub has it, so the first run trains
+it, in runs/base: on single sentences, as OpenAI's saw short captions, and without β-CAL.
+
+A run's folder, --out, which all nodes share, holds checkpoint.pt, log.jsonl, eval.json and hf/, the model for
+stock transformers. The same command resumes a run, on as many processes as there are then.
 """
 
 import contextlib
@@ -36,7 +39,7 @@ from loss import beta_cal, clip_loss
 SCENES = dict(model="base", phrases=8, batch_size=64, accum=1, epochs=0.624, lr=1e-3, warmup=0.05, workers=1)
 RECIPE = dict(model="openai/clip-vit-base-patch16", phrases=30, batch_size=64, accum=8, epochs=10, lr=1e-5,
               warmup=0.01, workers=8)  # the paper's, for all other data
-BASE = "runs/base"  # the scenes' CLIP saw single sentences, as OpenAI's saw short captions, and no β-CAL
+BASE = "runs/base"
 BASE_ARGUMENTS = f"--model scratch --cal none --sentences 1 --epochs 0.64 --out {BASE}".split()
 LOG_EVERY = 10  # steps
 BAD_STEPS = 3   # steps in a row whose gradient is not finite end a run
