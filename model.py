@@ -115,8 +115,8 @@ def text_layer(layer, x, texts, eos=None):
     x, asking = (x, h) if eos is None else (x[eos], h[eos])
     mixed = attend(attn.q_proj(asking), attn.k_proj(h), attn.v_proj(h), attn.num_heads, texts, eos is None)
     x = x + attn.out_proj(mixed)
-    parts = [x] if x.is_cuda else x.split(CPU_TOKENS)
-    return torch.cat([part + layer.mlp(layer.layer_norm2(part)) for part in parts])
+    mlp = lambda part: part + layer.mlp(layer.layer_norm2(part))
+    return mlp(x) if x.is_cuda else torch.cat([mlp(part) for part in x.split(CPU_TOKENS)])
 
 def image_layer(layer, x):
     """A transformer layer on images: x [B, 1 + P, W] -> [B, 1 + P, W]."""

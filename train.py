@@ -241,8 +241,8 @@ def main(argv=None):
     if args.model == "base" and not Path(BASE, "eval.json").is_file():  # which is written last
         main(BASE_ARGUMENTS)
     torch.manual_seed(args.seed)  # the same on every rank
-    (rank, world), checkpoint = evaluation.rank_and_world(), Path(args.out, "checkpoint.pt")
-    saved = load_checkpoint(checkpoint, args) if checkpoint.is_file() else {}
+    (rank, world), path = evaluation.rank_and_world(), Path(args.out, "checkpoint.pt")
+    saved = load_checkpoint(path, args) if path.is_file() else {}
     model, tokenizer, samples = build(args)
     model.to(device)
     benches = ["scenes"] if args.data == "scenes" else evaluation.present(args.root)
@@ -275,15 +275,15 @@ def main(argv=None):
     def save():
         if rank == 0:
             state = {name: part.state_dict() for name, part in parts.items()}
-            save_checkpoint(checkpoint, state | dict(args=vars(args), step=step, seen=seen, total=total,
-                                                     world=world, evaluate=evaluate))
+            save_checkpoint(path, state | dict(args=vars(args), step=step, seen=seen, total=total,
+                                               world=world, evaluate=evaluate))
 
     def crosses(epochs):
         return seen // (epochs * len(samples)) > (seen - per_step) // (epochs * len(samples))
 
     evaluate = saved.get("evaluate", True)  # before the first step too: what is broken shows at once
     if not saved:
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         save()
     del saved  # as large as model and optimiser
 
