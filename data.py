@@ -1,416 +1,548 @@
-"""Images, queries and batches: what a training step is fed (paper, section 4).
+"""Images, queries and batches: the input of a training step (paper, section 4.1).
 
-A sample is an image and its queries, [(text, level)]: the caption, its sentences, its phrases. `Captions`
-reads whatever `datasets` reads; `Scenes`, last in this file, paints its own pictures.
+A sample is an image and its queries, [(text, level)]: the caption, its sentences, its phrases.
+`Captions` reads images and captions from disk; `Scenes`, at the end, draws its own pictures.
 """
 
-import argparse
-import contextlib
-import functools
+import glob
+import hashlib
+import inspect
 import io
 import itertools
-import math
 import os
 import random
 import re
-import sys
+import struct
+import types
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from filelock import FileLock
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from tokenizers import AddedToken, pre_tokenizers
+from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
-from tqdm import tqdm
 from transformers import CLIPTokenizer
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-TOKEN_LIMITS = {"caption": 248, "sentence": 248, "phrase": 30}  # of a query, by its level (see make_queries)
-LEVELS = tuple(TOKEN_LIMITS)                                    # a batch's `level` counts in this order
-QUOTES = str.maketrans("’‘“”", "''\"\"")  # OpenAI's tokenizer straightens them, Hugging Face's does not
-CAPTION_SENTENCES = 5  # sentences that make a caption where no sentence is a query
-SHAREGPT4V = "share-captioner_coco_lcs_sam_1246k_1107.json"
-HELD_OUT = 1000        # first rows of ShareGPT4V, which are the test set SV-1k
-UNREADABLE = (OSError, ValueError, TypeError, AttributeError, SyntaxError, RuntimeError,
-              Image.DecompressionBombError)  # what PIL raises of images, and Python of none
+from model import CONTEXT, InputError, PackedTexts, library_call, pack, straighten_quotes
 
-class InputError(ValueError):
-    """Something that the user can mend; its message says what is wrong, where, and what to do."""
+TOKEN_LIMITS = {"caption": CONTEXT, "sentence": CONTEXT, "phrase": 30}  # by level; EOS included
+LEVELS = tuple(TOKEN_LIMITS)  # `Batch.level` indexes this
+CAPTION_SENTENCES = 5  # sentences in a caption if sentences are not queries (--sentences 0)
+FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
+           ".tar": "webdataset"}  # file formats, by `datasets`' names
+CSV_OPTIONS = {"sep": None, "engine": "python", "keep_default_na": False, "encoding": "utf-8-sig"}
+COLUMNS = (("image", "caption"), ("image", "conversations"), ("filepath", "title"), ("jpg", "txt"))
+SHAREGPT4V = "share-captioner_coco_lcs_sam_1246k_1107"  # the names of its lists begin with this
+SHAREGPT4V_LISTS = (f"{SHAREGPT4V}_filtered.json", f"{SHAREGPT4V}.json")  # the authors', the public
+HELD_OUT = 1000  # the first rows of either list are the test set SV-1k
+IMAGE_ERRORS = (OSError, ValueError, TypeError, AttributeError, SyntaxError, RuntimeError,
+                struct.error, Image.DecompressionBombError)  # what PIL raises for broken images
 
-@contextlib.contextmanager
-def user_errors():
-    """What the user can mend ends the program with one line on stderr and exit code 2."""
-    try:
-        yield
-    except (InputError, OSError) as error:
-        tqdm.write(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())[:600]}", file=sys.stderr)
-        raise SystemExit(2) from error
 
-def argument_parser(description):
-    """An argparse parser whose errors are one line."""
-    return argparse.ArgumentParser(description=description, usage=argparse.SUPPRESS,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-
-# ---------------------------------------------------------------------------------- captions to queries
-def clean(caption):
-    """A caption without what captioners repeat: runs of the same characters, and of the same word."""
-    caption = caption.replace("\n", " ")
-    if len(caption) > 100:
-        for shortest in (10, 5, 3):  # three or more copies of the same run of characters
-            caption = re.sub(rf"(.{{{shortest},20}})\1{{2,}}", r"\1", caption, count=10)
-    return " ".join(word for word, _ in itertools.groupby(caption.split()))
-
-def split_sentences(caption):
-    return [sentence.strip() for sentence in caption.split(". ") if sentence.strip()]
-
-def phrase_matchers(vocab):
-    """spaCy matchers of noun phrases with a place, of actions, and of places."""
-    from spacy.matcher import Matcher
-    sides = "left right top bottom front back middle center".split()
-    others = "inside outside above below under over centered frontside backside near nearby far".split()
-    side, place = {"LOWER": {"IN": sides}}, {"LOWER": {"IN": sides + others}}
-    determiner, the, of = {"POS": "DET", "OP": "?"}, {"LOWER": "the", "OP": "?"}, {"LOWER": "of", "OP": "?"}
-    words, preposition = {"POS": {"IN": ["ADJ", "NOUN", "PROPN"]}, "OP": "+"}, {"POS": "ADP"}
-    nouns, actions, places = Matcher(vocab), Matcher(vocab), Matcher(vocab)
-    nouns.add("phrase", [[determiner, words, preposition, the, side, of]], greedy="LONGEST")
-    actions.add("phrase", [[{"POS": "VERB"}, preposition]], greedy="LONGEST")
-    next_to = [{"LOWER": "next", "POS": "ADV"}, {"LOWER": "to", "POS": "ADP"}]
-    places.add("phrase", [next_to, [preposition, determiner, place, of]], greedy="LONGEST")
-    return nouns, actions, places
-
-def extract_phrases(doc, matchers):
-    """A parsed sentence (spaCy Doc) -> its noun phrases, actions and places, three lists of str."""
-    from spacy.util import filter_spans
-    nouns, actions, places = (matcher(doc, as_spans=True) for matcher in matchers)
-    nouns = filter_spans([*doc.noun_chunks, *nouns])  # the longest of overlapping ones
-    return [[span.text for span in nouns], [span.text for span in sorted(actions)],
-            [span.text.lower() for span in sorted(places)]]
-
-def order_phrases(sentences):
-    """What `extract_phrases` gave for some sentences -> one list: noun phrases, then actions, then places."""
-    phrases = [phrase for kind in zip(*sentences) for sentence in kind for phrase in sentence]
-    return [phrase for phrase in dict.fromkeys(phrases) if phrase not in ("the", "image", "the image")]
-
-@functools.cache
-def parser():
-    """spaCy's English pipeline and the matchers of phrases."""
-    try:
-        import spacy
-        nlp = spacy.load("en_core_web_sm", exclude=["ner", "lemmatizer"])
-    except (ImportError, OSError) as error:
-        raise InputError("phrases need spaCy and its English model: `pip install spacy && python -m spacy "
-                         "download en_core_web_sm`, or pass --phrases 0") from error
-    return nlp, phrase_matchers(nlp.vocab)
-
-def parse(sentences):
-    """Sentences -> for each, what `extract_phrases` finds. With a full stop, as the parser expects one."""
-    nlp, matchers = parser()
-    texts = (sentence.removesuffix(".") + "." for sentence in sentences)
-    return [extract_phrases(doc, matchers) for doc in nlp.pipe(texts, batch_size=256)]
-
-def draw_sentences(count, wanted, rng):
-    """Positions of one draw of sentences: `wanted` of `count` in random order; all, in order, if no more."""
-    wanted = wanted or CAPTION_SENTENCES
-    return rng.sample(range(count), wanted) if count > wanted else range(count)
-
-def make_queries(sentences, phrases, counts):
-    """Drawn sentences and their phrases, at most `counts` of each -> a sample's queries, [(text, level)]."""
-    queries = [(". ".join(sentences), "caption")]
-    if counts[0]:
-        queries += [(sentence, "sentence") for sentence in sentences]
-    return queries + [(phrase, "phrase") for phrase in phrases[:counts[1]]]
-
-# ------------------------------------------------------------------------ captions and images on disk
-def read_rows(source, columns=None, splits=("train",)):
-    """A JSON, JSON lines or parquet file (or a glob), a folder, a hub name -> datasets.Dataset, the names of
-    its columns of images (undecoded) and captions. The first of `splits` that is there is read, or else any.
-    """
-    import datasets  # slow, and not needed for the scenes
-    kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(Path(source).suffix)
-    if not kind and not Path(source).is_dir() and str(source).count("/") != 1:
-        raise InputError(f"{source}: no .json, .jsonl or .parquet file, no folder, no hub name (OWNER/NAME)")
-    try:
-        found = datasets.load_dataset(kind or str(source), data_files=str(source) if kind else None)
-        rows = found[next(split for split in [*splits, *found] if split in found)]
-        if "annotations" in rows.column_names:
-            rows = datasets.load_dataset(kind, data_files=str(source), field="annotations", split="train")
-        default = "image,conversations" if "conversations" in rows.column_names else "image,caption"
-        image, _, caption = (columns or default).partition(",")
-        if missing := {image, caption} - {*rows.column_names}:
-            raise ValueError(f"no column {' or '.join(sorted(missing))}, but {', '.join(rows.column_names)}: "
-                             "name yours with --columns IMAGE,CAPTION")
-        if getattr(rows.features[image], "dtype", "") not in ("string", "large_string"):
-            rows = rows.cast_column(image, datasets.Image(decode=False))
-        elif "://" in str(rows[0][image]):
-            raise ValueError(f"{image!r} must hold images, or names of files, no {rows[0][image]}")
-        captions_of(rows[0][caption])
-    except Exception as error:  # the errors of datasets, pyarrow and the hub have no ancestor in common
-        why = str(error.__cause__ or error) or type(error).__name__
-        raise InputError(f"{source} cannot be read: {why}") from error
-    return rows, image, caption
-
-def captions_of(value):
-    """A value of the caption column, a text, several or a conversation -> its captions, a list of str."""
-    if not isinstance(value, (str, list, type(None))):
-        raise InputError(f"captions must be texts, or lists of texts, but one is {value}")
-    texts = [value] if isinstance(value, str) else value or []
-    answers = [turn["value"] for turn in texts if isinstance(turn, dict) and turn["from"] == "gpt"]
-    return answers[:1] or [text for text in texts if isinstance(text, str) and text.strip()]
-
-def split_captions(batch, indices, column, with_phrases):
-    """Columns of rows -> row (index), sentences [C][S], phrases [C][S][kind] of rows with C > 0 captions."""
-    kept = []  # (index, captions, phrases that the row brings; these go with each of its sentences)
-    for index, value, given in zip(indices, batch[column], batch.get("phrases", [None] * len(indices))):
-        captions = [split_sentences(clean(caption)) for caption in captions_of(value)]
-        if any(captions):
-            kept.append((index, [sentences for sentences in captions if sentences], given))
-    unparsed = [s for _, captions, given in kept if given is None for s in itertools.chain(*captions)]
-    parsed = dict(zip(unparsed, parse(unparsed))) if unparsed and with_phrases else {}
-    phrases = [[[parsed.get(sentence, [given or [], [], []]) for sentence in caption] for caption in captions]
-               for _, captions, given in kept]
-    rows, sentences = [index for index, *_ in kept], [captions for _, captions, _ in kept]
-    return {"row": rows, "sentences": sentences, "phrases": phrases}
-
+# ---- captions on disk ----------------------------------------------------------------------------
 class Captions:
-    """Images and captions on disk: (epoch, index) -> pixels uint8 [3, size, size], queries, unreadable."""
+    """A data set of images and captions. captions[epoch, index] is a sample: pixels uint8 [3, size,
+    size], queries, and messages about images that could not be read. The epoch belongs to the index
+    so that each has its own crops and sentences, in a resumed run too. For source and columns see
+    `read_table`, for limits `make_queries`; the file names of images are relative to root."""
 
-    def __init__(self, source, root, size, counts=(5, 30), seed=0, columns=None):
-        import datasets
-        rows, self.image, caption = read_rows(source, columns)
-        if Path(source).name == SHAREGPT4V:
-            rows = rows.select(range(HELD_OUT, len(rows)))
-        self.rows, self.root, self.size, self.counts, self.seed = rows, root, size, counts, seed
-        columns = [name for name in (caption, "phrases") if name in rows.column_names]
-        settings, text = {"column": caption, "with_phrases": counts[1] > 0}, datasets.Value("string")
-        features = datasets.Features(row=datasets.Value("int64"), sentences=[[text]], phrases=[[[[text]]]])
-        # once for these rows, settings and this file: the first process works, the others wait for its cache
-        key = datasets.fingerprint.Hasher.hash((rows._fingerprint, settings, Path(__file__).read_bytes()))
-        with FileLock(Path(datasets.config.HF_DATASETS_CACHE, f"beta_clip_{key}.lock")):
-            self.captions = rows.select_columns(columns).map(
-                split_captions, fn_kwargs=settings, with_indices=True, batched=True, remove_columns=columns,
-                features=features, new_fingerprint=key, desc="captions to queries",
-                num_proc=min(len(os.sched_getaffinity(0)), len(rows) // 1000) or None)
+    def __init__(self, source: str | Path, root: str | Path, size: int, limits: tuple[int, int],
+                 seed: int = 0, columns: str | None = None) -> None:
+        """Read the rows and prepare their queries, which is cached. Raises InputError."""
+        self.root = root
+        self.size = size
+        self.limits = limits
+        self.seed = seed
+        rows, _, files = read_table(source, columns)
+        is_sharegpt4v = any(SHAREGPT4V in f"{file} {Path(file).resolve()}" for file in files)
+        if is_sharegpt4v and len(files) > 1:
+            raise InputError(f"{source}: read ShareGPT4V's list, whose first rows are SV-1k, alone")
+        held_out = HELD_OUT if is_sharegpt4v else 0
+        kept = list(range(held_out, len(rows)))
+        hasher = hashlib.sha256()
+        if "string" in rows.features["image"].dtype:  # file names, not stored images
+            names = rows["image"][:]
+            exists = find_files(names, root)
+            kept = [row for row in kept if exists[row]]
+            if not kept and len(rows) > held_out:
+                raise InputError(f"{source}: none of its {len(rows) - held_out} images is under "
+                                 f"--root {root}, for instance {names[held_out]}")
+            hasher.update("\n".join(names[row] for row in kept).encode())
+        missing = len(rows) - held_out - len(kept)
+        self.rows = rows.select(kept) if len(kept) < len(rows) else rows
+        self.samples = prepare_captions(self.rows, with_phrases=limits[1] > 0)
+        for batch in self.samples.with_format("arrow").iter(1000):
+            hasher.update(batch.combine_chunks().to_batches()[0].serialize())
+        self.fingerprint = hasher.hexdigest()  # by which a resumed run knows its data
+        self.summary = (f"{source}: {len(self)} rows; left out: {held_out} of the test set SV-1k, "
+                        f"{missing} of {len(rows) - held_out} whose image is not under {root}, "
+                        f"{len(kept) - len(self)} without a caption")
 
-    def __len__(self):
-        return len(self.captions)
+    def __len__(self) -> int:
+        return len(self.samples)
 
-    def __getitem__(self, position):
-        rng, index, unreadable = random.Random(f"{self.seed} {position}"), position[1], []
+    def __getitem__(self, epoch_and_index: tuple[int, int]) -> tuple[Tensor, list, list[str]]:
+        rng = random.Random(f"{self.seed} {epoch_and_index}")
+        index = epoch_and_index[1]
         pixels = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
-        for _ in range(20):  # another sample for an unreadable image; if all are, their count ends the run
-            sample = self.captions[index]
-            image = self.rows[sample["row"]][self.image]
+        read_errors = []
+        for _ in range(20):  # instead of an unreadable image, try others; train.py counts them
+            sample = self.samples[index]
+            image = self.rows[sample["row"]]["image"]
             try:
                 with open_image(image, self.root) as opened:
                     pixels = random_crop(opened, self.size, rng)
                 break
-            except UNREADABLE as error:
-                unreadable.append(f"{image['path'] if isinstance(image, dict) else image}: {error}")
+            except IMAGE_ERRORS as error:
+                name = image["path"] if isinstance(image, dict) else image
+                read_errors = read_errors or [f"{name}: {error}"]
                 index = rng.randrange(len(self))
-        sentences, phrases = rng.choice(list(zip(sample["sentences"], sample["phrases"])))
-        drawn = draw_sentences(len(sentences), self.counts[0], rng)
-        sentences, phrases = [sentences[i] for i in drawn], order_phrases([phrases[i] for i in drawn])
-        return pixels, make_queries(sentences, phrases, self.counts), unreadable
+        number = rng.randrange(len(sample["sentences"]))  # one of the row's captions
+        queries = make_queries(sample["sentences"][number], sample["phrases"][number],
+                               self.limits, rng)
+        return pixels, queries, read_errors
 
-# ----------------------------------------------------------------------------------------------- images
-def open_image(image, root):
-    """A value of the image column, a name under `root` or {"bytes", "path"} -> PIL image, not decoded yet."""
-    if isinstance(image, dict):  # `datasets` found it, or it came with its bytes
-        return Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"])
-    if Path(image).is_absolute() or ".." in Path(image).parts:
-        raise ValueError(f"{image!r} leads out of {root}")
-    return Image.open(Path(root, image))
 
-def rgb(image):
-    """Any PIL image -> RGB, of an animation the first frame; 16 bits, which PIL clips, are scaled."""
+def read_table(source: str | Path, columns: str | None = None,
+               splits: Iterable[str] = ("train",)) -> tuple[Any, str, list[str]]:
+    """Read images and captions with `datasets`.
+
+    source:  a file (see FORMATS; or a glob), a folder, or a data set on the hub (OWNER/NAME)
+    columns: "IMAGE,CAPTION", the columns' names, if they are not among COLUMNS
+    splits:  the first that exists is read; without any, train, or the first of all
+    Returns rows of "image" (a file name, or {"bytes", "path"}) and "caption", the name of the split
+    ("" for a file), and the names of the files, as far as known. Raises InputError.
+    """
+    import datasets
+
+    source = str(source)
+    format_name = FORMATS.get(Path(source).suffix)
+    options = dict(CSV_OPTIONS) if format_name == "csv" else {}
+    if format_name:
+        path = os.path.abspath(source)
+        options["data_files"] = glob.escape(path) if os.path.isfile(path) else path
+    elif not os.path.isdir(source) and source.count("/") != 1:
+        raise InputError(f"{source}: no file ({', '.join(FORMATS)}), folder, or OWNER/NAME (hub)")
+    reading = partial(library_call, f"{source} cannot be read", StopIteration,
+                      datasets.exceptions.DatasetsError)
+    with reading():
+        builder = datasets.load_dataset_builder(format_name or source, **options)
+        builder.download_and_prepare()
+        all_splits = builder.as_dataset()
+    split = next(name for name in (*splits, "train", *all_splits) if name in all_splits)
+    rows = all_splits[split]
+    pairs = [tuple(columns.split(","))] if columns else COLUMNS
+    found = [pair for pair in pairs if set(pair) <= set(rows.column_names)]
+    if not found and "annotations" in rows.column_names:  # {"annotations": rows}
+        with reading():
+            rows = datasets.load_dataset(format_name, field="annotations", split="train", **options)
+        found = [pair for pair in pairs if set(pair) <= set(rows.column_names)]
+    if not found or len(found[0]) != 2:
+        raise InputError(f"{source} has the columns {', '.join(rows.column_names)}, none of which "
+                         f"are {' and '.join(pairs[0])}: use --columns IMAGE,CAPTION")
+    rows = rows.select_columns(list(found[0]))
+    rows = rows.rename_columns(dict(zip(found[0], ("image", "caption"), strict=True)))
+    if getattr(rows.features["image"], "dtype", "") not in ("string", "large_string"):
+        with reading():
+            rows = rows.cast_column("image", datasets.Image(decode=False))
+    files = (builder.config.data_files or {}).get(split, [])
+    return rows, "" if format_name else split, [str(file) for file in files]
+
+
+def find_files(names: Iterable[str | None], root: str | Path) -> list[bool]:
+    """Whether each file is under root. Folders are listed, which is quicker for many files."""
+    listings = {}
+    exists = []
+    for name in names:
+        folder, file = os.path.split(resolve_path(name, root) or "") if name else ("", "")
+        if folder not in listings:
+            listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        exists.append(file in listings[folder])
+    return exists
+
+
+def captions_of(cell: Any) -> list[str]:
+    """The captions in a cell: a string, a list of them, or a conversation, its first answer."""
+    parts = [cell] if isinstance(cell, str) else cell or []
+    if not isinstance(parts, list):
+        raise InputError(f"captions must be strings or lists of strings, not {cell!r}")
+    turns = [part for part in parts if isinstance(part, dict)]
+    answers = [turn.get("value") or "" for turn in turns if turn.get("from") == "gpt"]
+    return answers[:1] or [part for part in parts if isinstance(part, str)]
+
+
+# ---- captions to queries -------------------------------------------------------------------------
+def make_queries(sentences: list[str], phrases: list[list[list[str]]], limits: tuple[int, int],
+                 rng: random.Random) -> list[tuple[str, str]]:
+    """Draw the queries of a sample, [(text, level)]: some sentences of a caption, which make the
+    caption query, these sentences, and their phrases (`phrases` are those of each sentence, as of
+    `extract_phrases`). limits: how many sentences are drawn, in random order (or all, in order),
+    and how many phrases. If 0 sentences are wanted, the caption has CAPTION_SENTENCES of them."""
+    max_sentences, max_phrases = limits
+    chosen = range(len(sentences))
+    if len(chosen) > (max_sentences or CAPTION_SENTENCES):
+        chosen = rng.sample(chosen, max_sentences or CAPTION_SENTENCES)
+    sentences = [sentences[i] for i in chosen]
+    queries = [(". ".join(sentences), "caption")]
+    if max_sentences:
+        queries += [(sentence, "sentence") for sentence in sentences]
+    all_phrases = order_phrases([phrases[i] for i in chosen])
+    queries += [(phrase, "phrase") for phrase in all_phrases[:max_phrases]]
+    return queries
+
+
+def remove_repetitions(caption: str) -> str:
+    """Remove what captioners repeat: "a red red car" becomes "a red car", and, in captions of over
+    100 characters, three or more "and so on, " become one."""
+    caption = caption.replace("\n", " ")
+    if len(caption) > 100:
+        for shortest in (10, 5, 3):  # copies of 10 to 20 characters, then of 5 to 20, of 3 to 20
+            caption = re.sub(rf"(.{{{shortest},20}})\1{{2,}}", r"\1", caption, count=10)
+    return " ".join(word for word, _ in itertools.groupby(caption.split()))
+
+
+def split_sentences(caption: str) -> list[str]:
+    """Split at ". ", so that only the last sentence may keep its full stop."""
+    return [sentence.strip() for sentence in caption.split(". ") if sentence.strip()]
+
+
+def prepare_captions(rows: Any, with_phrases: bool) -> Any:
+    """What `split_captions` makes of all rows; cached, while others wait, by rows and code."""
+    import datasets
+
+    rows = rows.remove_columns("image")
+    text = datasets.Value("string")
+    features = {"row": datasets.Value("int64"), "sentences": [[text]], "phrases": [[[[text]]]]}
+    code = code_of(split_captions)
+    key = datasets.fingerprint.Hasher.hash((rows._fingerprint, with_phrases, code))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with FileLock(Path(datasets.config.HF_DATASETS_CACHE, f"beta_clip_{key}.lock")):
+        return rows.map(
+            split_captions, fn_kwargs={"with_phrases": with_phrases}, with_indices=True,
+            batched=True, remove_columns=rows.column_names, features=datasets.Features(features),
+            new_fingerprint=key, num_proc=min(cores, len(rows) // 1000) or None, desc="captions")
+
+
+def split_captions(columns: dict[str, list], row_numbers: list[int],
+                   with_phrases: bool) -> dict[str, list]:
+    """Split the captions of some rows: row [R], sentences [R][caption][sentence] and, as of
+    `extract_phrases`, phrases [R][caption][sentence][type]. Rows without a caption are left out."""
+    rows = {"row": [], "sentences": [], "phrases": []}
+    for number, cell in zip(row_numbers, columns["caption"], strict=True):
+        captions = [split_sentences(remove_repetitions(text)) for text in captions_of(cell)]
+        captions = [sentences for sentences in captions if sentences]
+        if captions:
+            rows["row"].append(number)
+            rows["sentences"].append(captions)
+    phrases = itertools.repeat([[], [], []])  # of one sentence after the other
+    if with_phrases:
+        nlp, matchers = load_spacy()
+        all_sentences = itertools.chain(*itertools.chain(*rows["sentences"]))
+        texts = (sentence.removesuffix(".") + "." for sentence in all_sentences)
+        phrases = (extract_phrases(doc, matchers) for doc in nlp.pipe(texts, batch_size=256))
+    for captions in rows["sentences"]:
+        rows["phrases"].append([[next(phrases) for _ in sentences] for sentences in captions])
+    return rows
+
+
+@cache
+def load_spacy() -> tuple[Any, list]:
+    """spaCy's English pipeline, and `build_phrase_matchers`."""
+    try:
+        import spacy
+        nlp = spacy.load("en_core_web_sm", exclude=["ner", "lemmatizer"])
+    except (ImportError, OSError) as error:
+        raise InputError("phrases need spaCy and its English model: `pip install spacy && python "
+                         "-m spacy download en_core_web_sm`; or pass --phrases 0") from error
+    return nlp, build_phrase_matchers(nlp.vocab)
+
+
+def build_phrase_matchers(vocab: Any) -> list:
+    """spaCy matchers of noun phrases that extend to a place ("a dog on the left of"), of actions
+    ("leaning against") and of places ("next to", "in the middle of")."""
+    from spacy.matcher import Matcher
+
+    sides = ["left", "right", "top", "bottom", "front", "back", "middle", "center"]
+    side = {"LOWER": {"IN": sides}}
+    place = {"LOWER": {"IN": ["inside", "outside", "above", "below", "under", "over", "centered",
+                              "frontside", "backside", "near", "nearby", "far", *sides]}}
+    determiner = {"POS": "DET", "OP": "?"}
+    words = {"POS": {"IN": ["ADJ", "NOUN", "PROPN"]}, "OP": "+"}
+    preposition = {"POS": "ADP"}
+    the = {"LOWER": "the", "OP": "?"}
+    of = {"LOWER": "of", "OP": "?"}
+    next_to = [{"LOWER": "next", "POS": "ADV"}, {"LOWER": "to", "POS": "ADP"}]
+    matchers = []
+    for patterns in ([[determiner, words, preposition, the, side, of]],
+                     [[{"POS": "VERB"}, preposition]],
+                     [next_to, [preposition, determiner, place, of]]):
+        matchers.append(Matcher(vocab))
+        matchers[-1].add("phrase", patterns, greedy="LONGEST")
+    return matchers
+
+
+def extract_phrases(doc: Any, matchers: list) -> list[list[str]]:
+    """The phrases of a parsed sentence: noun phrases, actions, and places, in three lists."""
+    from spacy.util import filter_spans
+
+    nouns, actions, places = (matcher(doc, as_spans=True) for matcher in matchers)
+    nouns = filter_spans([*doc.noun_chunks, *nouns])  # keeps the longest of overlapping spans
+    return [[span.text for span in nouns], [span.text for span in sorted(actions)],
+            [span.text.lower() for span in sorted(places)]]
+
+
+def order_phrases(phrases_of_sentences: list[list[list[str]]]) -> list[str]:
+    """Merge results of `extract_phrases`: all noun phrases, all actions, all places, once each."""
+    merged = {}
+    for phrase_type in range(3):
+        for phrases in phrases_of_sentences:
+            merged |= dict.fromkeys(phrases[phrase_type])
+    return [phrase for phrase in merged if phrase not in ("the", "image", "the image")]
+
+
+def code_of(function: Callable, found: dict[str, str] | None = None) -> dict[str, str]:
+    """The source of a function and of those that it calls in this file, and the constants that they
+    read: whether these are the same tells whether a cached result is up to date."""
+    found = {} if found is None else found
+    found[function.__name__] = inspect.getsource(function)
+    for name in sorted(set(re.findall(r"\w+", found[function.__name__]))):
+        value = inspect.unwrap(globals().get(name))
+        if isinstance(value, types.FunctionType) and name not in found:
+            code_of(value, found)
+        elif isinstance(value, (str, int, float, tuple, list, dict)):
+            found[name] = repr(value)
+        elif isinstance(value, (set, frozenset)):
+            found[name] = repr(sorted(value))
+    return found
+
+
+# ---- images --------------------------------------------------------------------------------------
+def open_image(image: str | dict, root: str | Path) -> Image.Image:
+    """Open the image in a cell, without decoding it. Raises IMAGE_ERRORS."""
+    if isinstance(image, dict) and image["bytes"]:
+        return Image.open(io.BytesIO(image["bytes"]))
+    path = resolve_path(image, root)
+    if path is None:
+        raise ValueError(f"it is not under {root}")
+    return Image.open(path)
+
+
+def resolve_path(image: str | dict, root: str | Path) -> str | None:
+    """The path of an image, by a file name under root or {"path"}; None if it leads out of root."""
+    folder = os.path.join(os.path.abspath(root), "")
+    if isinstance(image, dict):
+        if os.path.isabs(image["path"]):  # `datasets` found it in the folder that it read
+            return image["path"]
+        image = image["path"]
+    path = os.path.abspath(os.path.join(folder, image))
+    return path if path.startswith(folder) else None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any image to RGB, upright (EXIF). 16 bits, which PIL would clip, are scaled."""
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
 
-def to_pixels(image, size, whole=False):
-    """A PIL image -> pixels uint8 [3, size, size]: its centre, or the whole, aspect ignored (FG-OVD)."""
-    image = rgb(image)
-    image = image.resize((size, size)) if whole else resize(image, size, Image.Resampling.BICUBIC)
-    return pil_to_tensor(center_crop(image, size))
 
-def random_crop(image, size, rng):
-    """A PIL image, best not decoded -> pixels uint8 [3, size, size], RandomResizedCrop, scale (0.5, 1)."""
-    with torch.random.fork_rng(devices=[]):
+def to_pixels(image: Image.Image, size: int, stretch: bool = False) -> Tensor:
+    """Pixels for evaluation, uint8 [3, size, size]: the centre of the image, resized by its shorter
+    side; or, if `stretch`, the whole image, whatever its aspect ratio (FG-OVD)."""
+    image = to_rgb(image)
+    if stretch:
+        return pil_to_tensor(image.resize((size, size)))
+    return pil_to_tensor(center_crop(resize(image, size, Image.Resampling.BICUBIC), size))
+
+
+def random_crop(image: Image.Image, size: int, rng: random.Random) -> Tensor:
+    """Pixels for training, uint8 [3, size, size]: a RandomResizedCrop of at least half the area."""
+    image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a half, quarter or eighth
+    with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator
         torch.manual_seed(rng.getrandbits(63))
-        top, left, height, width = RandomResizedCrop.get_params(image, (0.5, 1), (3 / 4, 4 / 3))
-    full = image.size
-    # a JPEG is decoded at the smallest scale (1, 1/2, 1/4, 1/8) that still has `size` pixels across the crop
-    image.draft("RGB", (math.ceil(full[0] * size / width), math.ceil(full[1] * size / height)))
-    x, y = image.size[0] / full[0], image.size[1] / full[1]
-    box = (left * x, top * y, (left + width) * x, (top + height) * y)
-    return pil_to_tensor(rgb(image).resize((size, size), Image.Resampling.BILINEAR, box))
+        return pil_to_tensor(RandomResizedCrop(size, scale=(0.5, 1))(to_rgb(image)))
 
-def normalize(pixels):
-    """uint8 pixels [B, 3, H, W] -> float32, by CLIP's mean and standard deviation."""
-    statistics = torch.tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD]).view(2, 3, 1, 1)
-    mean, std = statistics.to(pixels.device, non_blocking=True)
-    return (pixels.float() / 255 - mean) / std
 
-# ----------------------------------------------------------------------------------- samples to batches
-def tokenize(tokenizer, texts, limits=itertools.repeat(TOKEN_LIMITS["caption"])):
-    """Texts -> lists of token ids, BOS … EOS. One longer than its limit is cut so that EOS stays its last."""
-    encoded = tokenizer.backend_tokenizer.encode_batch_fast([text.translate(QUOTES) for text in texts])
-    ids = [one.ids for one in encoded]
-    return [one if len(one) <= limit else one[:limit - 1] + one[-1:] for one, limit in zip(ids, limits)]
-
+# ---- batches -------------------------------------------------------------------------------------
 class Batch(NamedTuple):
     """B images and their N queries."""
-    pixels: torch.Tensor    # [B, 3, H, W] uint8
-    texts: tuple            # the queries' tokens, as `pack` lays them out
-    owner: torch.Tensor     # [N] the image of each query, sorted; stays on the CPU, where the host reads it
-    level: torch.Tensor     # [N] the level of each query, as in LEVELS
-    captions: torch.Tensor  # [B] the row of each image's caption
-    unreadable: list        # names of images, and why
 
-    def to(self, device):
+    pixels: Tensor          # [B, 3, size, size] uint8
+    texts: PackedTexts      # the tokens of the N queries
+    image_of_query: Tensor  # [N] sorted; stays on the CPU, where reading it waits for no GPU
+    level: Tensor           # [N] level of each query, an index into LEVELS
+    caption_index: Tensor   # [B] index of each image's caption among the queries
+    read_errors: list[str]  # about images that could not be read
+
+    def to(self, device: torch.device) -> "Batch":
         moved = {name: getattr(self, name).to(device, non_blocking=True)
-                 for name in ("pixels", "level", "captions")}
+                 for name in ("pixels", "level", "caption_index")}
         return self._replace(texts=self.texts.to(device), **moved)
 
-def collate(samples, tokenizer, pack, captions_only=False):
-    """A list of samples -> Batch, in a loader's process. `pack` (model.pack) lays out token ids."""
-    pixels, queries, unreadable = zip(*samples)
-    queries = [sample[:1] if captions_only else sample for sample in queries]
-    texts, levels = zip(*itertools.chain(*queries))
-    counts = torch.tensor([len(sample) for sample in queries])                       # [B]
-    ids = tokenize(tokenizer, texts, [TOKEN_LIMITS[level] for level in levels])
-    return Batch(torch.stack(pixels), pack(ids), owner=torch.arange(len(samples)).repeat_interleave(counts),
-                 level=torch.tensor([LEVELS.index(level) for level in levels]),
-                 captions=counts.cumsum(0) - counts, unreadable=sum(unreadable, []))
 
-def batches(size, batch, start, stop, rank=0, world=1, seed=0):
-    """One rank's batches, lists of (epoch, index): images `start` to `stop` of a stream that all ranks share,
-    the data set shuffled anew each epoch. A micro-step takes the next `world` x `batch` of it.
-    """
-    shuffled = functools.lru_cache(1)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(size))
-    for first in range(start + rank * batch, stop, world * batch):
-        places = [divmod(place, size) for place in range(first, first + batch)]
-        yield [(epoch, int(shuffled(epoch)[place])) for epoch, place in places]
+def collate(samples: list[tuple], tokenizer: CLIPTokenizer, captions_only: bool = False) -> Batch:
+    """Make a batch of samples, in a loader's process; captions are the first queries."""
+    pixels, queries, read_errors = zip(*samples, strict=True)
+    if captions_only:
+        queries = [of_image[:1] for of_image in queries]
+    texts, levels = zip(*itertools.chain(*queries), strict=True)
+    counts = torch.tensor([len(of_image) for of_image in queries])                  # [B]
+    return Batch(
+        pixels=torch.stack(pixels),
+        texts=pack(tokenize(tokenizer, texts, [TOKEN_LIMITS[level] for level in levels])),
+        image_of_query=torch.arange(len(samples)).repeat_interleave(counts),
+        level=torch.tensor([LEVELS.index(level) for level in levels]),
+        caption_index=counts.cumsum(0) - counts,
+        read_errors=list(itertools.chain(*read_errors)))
 
-# ----------------------------------------------------------------------------------------------- scenes
-# Learned in minutes: each attribute fills patches of its own. Objects are many (3,456), so seldom twice in a
-# batch (a false negative); backgrounds are few, as a model that tells images by them ignores the objects.
-SIZE, CARD = 64, 29  # pixels of a picture's side, of which a quarter holds a card, and of the card's
-SIDE = {"small": 13, "large": 23}  # pixels of an object on its card
-SPLITS = {"train": 80_000, "val": 1_000, "test": 1_000}
-SIBLINGS = 4  # val and test scenes come in groups that differ in one attribute of one object
-COLOURS = {"red": (220, 40, 40), "orange": (245, 140, 30), "yellow": (245, 225, 50), "green": (50, 170, 60),
-           "cyan": (60, 210, 220), "blue": (45, 80, 220), "purple": (140, 50, 190), "pink": (250, 150, 195),
-           "white": (250, 250, 250)}
-BACKGROUNDS = {"slate": (90, 100, 115), "sand": (200, 185, 150), "moss": (115, 130, 90), "coal": (60, 60, 65)}
-y, x = np.mgrid[:CARD, :CARD]
-TEXTURES = {"plain": x < 0, "striped": (y + 3) % 5 < 2, "dotted": ((x + 4) % 5 < 2) & ((y + 4) % 5 < 2),
-            "checkered": (x // 4 + y // 4) % 2 > 0}  # where a card is dark
-ATTRIBUTES = {"size": [*SIDE], "colour": [*COLOURS], "texture": [*TEXTURES], "card": [*COLOURS]}
-SHAPES = {  # outlines in the unit square; of the circle, the corners of its box
-    "circle": [(0, 0), (1, 1)],
-    "square": [(.08, .08), (.92, .08), (.92, .92), (.08, .92)],
-    "triangle": [(.5, 0), (1, .95), (0, .95)],
-    "cross": [(.3, 0), (.7, 0), (.7, .3), (1, .3), (1, .7), (.7, .7), (.7, 1), (.3, 1), (.3, .7), (0, .7),
-              (0, .3), (.3, .3)],
-    "star": [(.5 + r * math.sin(k * math.pi / 5), .5 - r * math.cos(k * math.pi / 5))
-             for k, r in enumerate((.55, .25) * 5)],
-    "arrow": [(.5, 0), (1, .5), (.72, .5), (.72, 1), (.28, 1), (.28, .5), (0, .5)],
-}
-PLACES = ("top left", "top right", "bottom left", "bottom right")
 
-def scene(split, index):
-    """A scene: {"objects": four, in the order of PLACES, "background": its name}. An object has ATTRIBUTES,
-    `shape` and `box` (x, y, w, h in pixels). Of a group of SIBLINGS, the first is the original.
-    """
-    group, member = (index, 0) if split == "train" else divmod(index, SIBLINGS)
-    rng, objects = random.Random(f"{split} {group}"), []
-    for place in range(4):
-        thing = {name: rng.choice(values) for name, values in (ATTRIBUTES | {"shape": [*SHAPES]}).items()}
-        while thing["card"] == thing["colour"]:
-            thing["card"] = rng.choice(ATTRIBUTES["card"])
-        x, y = (round(rng.random() * (SIZE // 2 - CARD)) for _ in "xy")
-        thing["box"] = (x + SIZE // 2 * (place % 2), y + SIZE // 2 * (place // 2), CARD, CARD)
-        objects.append(thing)
+def tokenize(tokenizer: CLIPTokenizer, texts: Iterable[str],
+             limits: list[int] | None = None) -> list[list[int]]:
+    """Token ids of each text, BOS … EOS, cut to its limit (by default 248) so that EOS stays."""
+    all_ids = [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts)]
+    limits = limits or [CONTEXT] * len(all_ids)
+    return [ids if len(ids) <= limit else ids[:limit - 1] + ids[-1:]
+            for ids, limit in zip(all_ids, limits, strict=True)]
+
+
+def sample_order(num_samples: int, batch_size: int, start: int, stop: int, rank: int = 0,
+                 world_size: int = 1, seed: int = 0) -> Iterator[list[tuple[int, int]]]:
+    """Yield this rank's batches, lists of (epoch, index): images `start` to `stop` of an endless
+    stream that all ranks share, of which each micro-step takes the next world_size · batch_size. If
+    a run is resumed with another such number, some images of an epoch may come twice, or never."""
+    together = world_size * batch_size
+    stream = itertools.islice(shuffle_epochs(num_samples, together, start, seed), start, None)
+    for _ in range(start, stop, together):
+        chosen = list(itertools.islice(stream, together))
+        yield chosen[rank * batch_size:(rank + 1) * batch_size]
+
+
+def shuffle_epochs(num_samples: int, together: int, start: int, seed: int) -> Iterator[tuple]:
+    """Yield (epoch, index) endlessly: each sample once per epoch, in random order, and no sample
+    twice among those that are taken together, of which some begin at `start`."""
+    last_order = np.empty(0, int)
+    for epoch in itertools.count():
+        order = np.random.default_rng([seed, epoch]).permutation(num_samples)
+        begun = (epoch * num_samples - start) % together if epoch else 0
+        if begun:  # they began with the end of the last epoch, and go on with other samples
+            is_new = np.isin(order, last_order[-begun:], invert=True)
+            first = np.flatnonzero(is_new)[:together - begun]
+            order = np.concatenate([order[first], np.delete(order, first)])
+        for index in order.tolist():
+            yield epoch, index
+        last_order = order
+
+
+# ---- scenes --------------------------------------------------------------------------------------
+# Pictures that a small model learns in minutes: in each quarter an object on a card. It is one of
+# thousands of kinds, so that the same one, a false negative, is seldom twice in a batch.
+PICTURE_PIXELS = 64  # a side
+CARD_PIXELS = 32
+COLOURS = ["red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "white"]
+RADIUS = {"small": 7, "large": 13}  # of an object, in pixels
+SHAPES = {"triangle": (3, 0), "wedge": (3, 180), "square": (4, 0), "diamond": (4, 45),
+          "hexagon": (6, 0), "circle": (30, 0)}  # corners, rotation in degrees
+TEXTURES = {"plain": lambda x, y: x < 0,  # where a card is dark, by column x and row y
+            "striped": lambda x, y: (y + 3) % 5 < 2,
+            "dotted": lambda x, y: ((x + 4) % 5 < 2) & ((y + 4) % 5 < 2),
+            "checkered": lambda x, y: (x // 4 + y // 4) % 2 > 0}
+ATTRIBUTES = {"size": list(RADIUS), "colour": COLOURS, "shape": list(SHAPES),
+              "texture": list(TEXTURES), "card": COLOURS}
+QUARTERS = ("top left", "top right", "bottom left", "bottom right")
+NUM_SCENES = {"train": 80_000, "val": 1_000, "test": 1_000}
+GROUP = 4  # scenes of val and test come in groups: an original, and others with one change each
+
+
+class Scenes:
+    """The training scenes, drawn on demand. scenes[epoch, index] is a sample as of `Captions`."""
+
+    fingerprint = summary = "scenes"
+
+    def __init__(self, size: int, limits: tuple[int, int], seed: int = 0) -> None:
+        self.size = size
+        self.limits = limits
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return NUM_SCENES["train"]
+
+    def __getitem__(self, epoch_and_index: tuple[int, int]) -> tuple[Tensor, list, list[str]]:
+        rng = random.Random(f"{self.seed} {epoch_and_index}")
+        scene = make_scene("train", epoch_and_index[1])
+        queries = make_queries(*describe_scene(scene), self.limits, rng)
+        return to_pixels(draw_scene(scene), self.size), queries, []
+
+
+def make_scene(split: str, index: int) -> list[dict]:
+    """The objects in the QUARTERS of a scene. The first scene of a group is the original."""
+    group, member = (index, 0) if split == "train" else divmod(index, GROUP)
+    rng = random.Random(f"{split} {group}")
+    scene = []
+    for _ in QUARTERS:
+        obj = {name: rng.choice(values) for name, values in ATTRIBUTES.items()}
+        while obj["card"] == obj["colour"]:
+            obj["card"] = rng.choice(COLOURS)
+        scene.append(obj)
     if member:
-        changes = [(place, other) for place in range(4) for other in changed(objects[place], 1)]
-        changes = random.Random(f"{split} {group} siblings").sample(changes, SIBLINGS - 1)
-        place, objects[place] = changes[member - 1]
-    return {"objects": objects, "background": rng.choice([*BACKGROUNDS])}
+        scene[member] = rng.choice(list(vary_object(scene[member], 1)))
+    return scene
 
-def changed(thing, count):
-    """All objects that differ from `thing` in exactly `count` ATTRIBUTES (the shape stays, as in FG-OVD)."""
-    for names in itertools.combinations(ATTRIBUTES, count):
-        for values in itertools.product(*([v for v in ATTRIBUTES[n] if v != thing[n]] for n in names)):
-            other = thing | dict(zip(names, values))
+
+def vary_object(obj: dict, num_changes: int) -> Iterator[dict]:
+    """All objects that differ in exactly so many attributes."""
+    for names in itertools.combinations(ATTRIBUTES, num_changes):
+        choices = [[value for value in ATTRIBUTES[name] if value != obj[name]] for name in names]
+        for values in itertools.product(*choices):
+            other = obj | dict(zip(names, values, strict=True))
             if other["card"] != other["colour"]:
                 yield other
 
-def expression(thing):
-    """The phrase that says everything of an object: "a large red star on a striped orange card"."""
-    return "a {size} {colour} {shape} on a {texture} {card} card".format(**thing)
 
-def describe(scene):
-    """A scene's sentences (list of 6 str) and phrases (list of 8 str), not yet drawn from."""
-    objects = scene["objects"]
-    name = [f"the {o['colour']} {o['shape']}" for o in objects]
-    sentences = [f"{expression(o).capitalize()} lies in the {p} corner" for o, p in zip(objects, PLACES)]
-    sentences += [f"Here {name[0]} is above {name[2]} and {name[1]} is to the right of it above {name[3]}",
-                  f"Behind all of them there is nothing but a plain {scene['background']} background"]
-    shorter = ["a {size} {colour} {shape} on a {texture} card".format(**o) for o in objects]
-    return sentences, [expression(o) for o in objects] + shorter
+def describe_object(obj: dict) -> str:
+    """The whole description, such as "a large red diamond on a striped orange card"."""
+    return "a {size} {colour} {shape} on a {texture} {card} card".format(**obj)
 
-def paint(scene):
-    """The scene as a PIL image of SIZE x SIZE."""
-    image = Image.new("RGB", (SIZE, SIZE), BACKGROUNDS[scene["background"]])
-    for thing in scene["objects"]:
-        dark, side = TEXTURES[thing["texture"]][:, :, None], SIDE[thing["size"]]
-        card = Image.fromarray(np.where(dark, (25, 25, 30), COLOURS[thing["card"]]).astype(np.uint8))
-        first = (CARD - side) // 2
-        outline = [(first + x * (side - 1), first + y * (side - 1)) for x, y in SHAPES[thing["shape"]]]
-        pen = ImageDraw.Draw(card)
-        (pen.ellipse if thing["shape"] == "circle" else pen.polygon)(outline, fill=COLOURS[thing["colour"]])
-        image.paste(card, thing["box"][:2])
-    return image
 
-def scene_boxes(split):
-    """FG-OVD's rows, dicts: `image` (which original), `box`, for each level 11 texts, the positive first."""
-    rows, originals = [], [scene(split, i)["objects"] for i in range(0, SPLITS[split], SIBLINGS)]
-    for group, objects in enumerate(originals):
-        foreign = {expression(o) for i in (1, 2, 3, 4) for o in originals[(group + i) % len(originals)]}
-        for place, thing in enumerate(objects):
-            rng, positive = random.Random(f"boxes {group * SIBLINGS} {place}"), expression(thing)
-            row = {"image": group, "box": thing["box"]}
-            for level, name in enumerate(("hard", "medium", "easy"), start=1):
-                row[name] = [positive, *map(expression, rng.sample(list(changed(thing, level)), 10))]
-            row["trivial"] = [positive, *rng.sample(sorted(foreign - {positive}), 10)]
-            rows.append(row)
-    return rows
+def describe_scene(scene: list[dict]) -> tuple[list[str], list[list[list[str]]]]:
+    """All sentences about a scene, and the phrases of each, as of `extract_phrases`."""
+    names = " and ".join("a {colour} {shape}".format(**obj) for obj in scene)
+    sentences = [f"On the cards there is {names}"]
+    phrases = [[[], [], []]]
+    for quarter, obj in zip(QUARTERS, scene, strict=True):
+        description = describe_object(obj)
+        sentences.append(f"{description.capitalize()} lies in the {quarter} corner")
+        phrases.append([[description], ["a {size} {colour} {shape}".format(**obj)], []])
+    return sentences, phrases
 
-def scenes_tokenizer():
-    """A CLIPTokenizer that has each word of the scenes as one token, and bytes for all else (no hub)."""
-    texts = [text for index in range(300) for text in sum(describe(scene("train", index)), [])]
+
+def draw_scene(scene: list[dict]) -> Image.Image:
+    """The picture of a scene."""
+    picture = Image.new("RGB", (PICTURE_PIXELS, PICTURE_PIXELS), "gray")
+    y, x = np.mgrid[:CARD_PIXELS, :CARD_PIXELS]
+    for quarter, obj in enumerate(scene):
+        card = Image.new("RGB", (CARD_PIXELS, CARD_PIXELS), obj["card"])
+        card.paste("black", mask=Image.fromarray(np.uint8(255 * TEXTURES[obj["texture"]](x, y))))
+        circle = (CARD_PIXELS / 2, CARD_PIXELS / 2, RADIUS[obj["size"]])
+        corners, rotation = SHAPES[obj["shape"]]
+        ImageDraw.Draw(card).regular_polygon(circle, corners, rotation, fill=obj["colour"])
+        picture.paste(card, (CARD_PIXELS * (quarter % 2), CARD_PIXELS * (quarter // 2)))
+    return picture
+
+
+def build_scenes_tokenizer() -> CLIPTokenizer:
+    """A tokenizer, without a download: a token for each word of the scenes, bytes for all else."""
+    words = set()
+    for index in range(300):
+        words.update(" ".join(describe_scene(make_scene("train", index))[0]).lower().split())
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*alphabet, *(c + "</w>" for c in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[])
-    words = sorted({word for text in texts for word in text.lower().split()})
-    tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=True) for word in words])
-    return tokenizer
-
-class Scenes:
-    """The training scenes, which no file holds: (epoch, index) -> a sample, as `Captions` gives it."""
-
-    def __init__(self, size, counts=(5, 8), seed=0):
-        self.size, self.counts, self.seed = size, counts, seed
-
-    def __len__(self):
-        return SPLITS["train"]
-
-    def __getitem__(self, position):
-        chosen, rng = scene("train", position[1]), random.Random(f"{self.seed} {position}")
-        sentences, phrases = describe(chosen)
-        sentences = [sentences[i] for i in draw_sentences(len(sentences), self.counts[0], rng)]
-        return to_pixels(paint(chosen), self.size), make_queries(sentences, phrases, self.counts), []
+    tokenizer.add_tokens([AddedToken(word, single_word=True) for word in sorted(words)])
+    return straighten_quotes(tokenizer)

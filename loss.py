@@ -1,109 +1,222 @@
-"""The two losses of β-CLIP, as pure functions (paper, section 3).
+"""The losses of β-CLIP (paper, section 3.3).
 
-Embeddings come in raw and are L2-normalised here, in float32. Queries are the rows of one flat list, without
-padding. Similarities are computed in tiles of rows, and again in the backward pass: no [N, N] matrix is kept.
-With W processes (ranks), each compares its own rows with the columns of all ranks. The mean over ranks of
-value and gradients, as DDP takes it, is one process's: of L_clip always, of β-CAL if `global_negatives`.
+Notation. B images have N queries (captions, sentences, phrases) in one flat list.
+
+    text[i]             embedding of query i
+    visual[i]           what query i pooled from the patches of its image
+    image_of_query[i]   the image that query i describes: 0 … B - 1, sorted
+    l[i, j] = s · visual[i] · text[j], with s = exp(logit scale): the logits of unit vectors
+
+β-CAL counts the other queries of the same image, the siblings, as positives of weight β:
+
+    w[i, j] = 1 if i = j;  β if i and j are siblings;  0 if they describe different images
+
+    CE     cross-entropy of l with the soft targets w[i, j] / Σ_j w[i, j], averaged over the two
+           directions (each visual over all texts, each text over all visuals)
+    BCE    Σ w[i, j] · softplus(-l[i, j]) over all pairs of the same image
+           + Σ softplus(l[i, j]) over all other pairs, divided by (B · K)²,
+           where K is the largest number of queries of an image
+
+L_clip is CE with one query per image and β = 0. `dense_beta_cal` in tests/test_loss.py is this
+definition in plain PyTorch. Here is no [N, N] matrix, and several GPUs may share the work.
 """
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-TILE = 512  # rows of the similarity matrix that exist at a time
+ROWS_PER_TILE = 512  # rows of the logit matrix that are in memory at a time
 
-def clip_loss(image, text, scale):
-    """Symmetric InfoNCE of image and text [B, D], times exp(logit scale), over all ranks' batch -> scalar."""
-    v, t = scale * unit(image), unit(text)
-    counts = gather(torch.tensor([len(t)])).tolist()                 # rows of each rank
-    over_texts, over_images = log_sum_exps(v, t, counts)             # [B], [B]
-    return len(counts) * (over_texts + over_images - 2 * (v * t).sum(1)).sum() / (2 * sum(counts))
 
-def beta_cal(visual, text, owner, scale, beta, kind="ce", global_negatives=False):
-    """β-contextualised contrastive alignment (β-CAL) of pooled embeddings with their queries -> scalar.
+def clip_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """L_clip, the symmetric InfoNCE of images and captions over the batches of all ranks: a scalar.
+    image, text: [B, D], not normalised; scale: exp(logit scale)."""
+    one_query_each = torch.arange(len(image))
+    return beta_cal(image, text, one_query_each, scale, beta=0, form="ce", global_negatives=True)
 
-    visual, text [N, D]: the image of each query, pooled by it; the queries
-    owner [N]:           the image of each query, sorted, 0 … B - 1; on the CPU, where reading costs no sync
-    scale, beta:         exp(logit scale); how far other queries of an image count as positives, 0 … 1
-    kind:                "ce", the soft form (cross-entropy), or "bce", the hard form (binary cross-entropy)
-    global_negatives:    compare with the queries of all ranks, not (as in the recipe) of this one alone
+
+def beta_cal(visual: Tensor, text: Tensor, image_of_query: Tensor, scale: Tensor, beta: float,
+             form: str = "ce", global_negatives: bool = False) -> Tensor:
+    """β-Contextualized Contrastive Alignment, as this module's docstring defines it: a scalar.
+
+    visual, text:     [N, D], not normalised; normalised here, in float32
+    image_of_query:   [N] index of each query's image, sorted; on the CPU, where reading it does
+                      not wait for the GPU
+    scale:            exp(logit scale) of the pooler
+    beta:             weight of siblings as positives, 0 … 1
+    form:             "ce" or "bce"
+    global_negatives: contrast with the queries of all ranks (not, as in the paper, of this rank
+                      alone): the mean over ranks, as DDP takes it, is that of the whole batch
     """
-    v, t = scale * unit(visual), unit(text)
-    sizes = owner.bincount()                                         # [B] queries of each image
-    shape = torch.tensor([[len(v), len(sizes), sizes.max()]])
-    counts, images, most = (gather(shape) if global_negatives else shape).T  # [W] each: of all ranks
-    ranks, counts = len(counts), counts.tolist()
-    own = (v * t).sum(1)                                             # [N] s v_i · t_i
+    if form not in ("ce", "bce"):
+        raise ValueError(f"form {form!r}: choose 'ce' or 'bce'")
+    visual = scale * normalize_fp32(visual)                                         # [N, D] s · v
+    text = normalize_fp32(text)                                                     # [N, D]
+    queries_per_image = image_of_query.bincount()                                   # [B]
+    here = torch.tensor([[len(text), len(queries_per_image), queries_per_image.max()]])
+    everywhere = all_gather(here) if global_negatives else here                     # [ranks, 3]
+    queries_per_rank = everywhere[:, 0].tolist()
+    if form == "ce":
+        losses = ce_per_query(visual, text, image_of_query, beta, queries_per_rank)     # [N]
+        denominator = 2 * sum(queries_per_rank)
+    else:
+        losses = bce_per_query(visual, text, image_of_query, beta, queries_per_rank)    # [N]
+        denominator = (everywhere[:, 1].sum() * everywhere[:, 2].max()) ** 2            # (B · K)²
+    # the definition adds up over ranks, of which DDP takes the mean
+    return len(queries_per_rank) * losses.sum() / denominator
 
-    if kind == "bce":
-        columns = gather_rows(t, counts)                             # [N, D] of all ranks
-        negatives = sum(in_tiles(lambda rows: F.softplus(rows @ columns.T).sum(), v))
-        positives = siblings(v, t, owner, sizes, beta) + (1 - beta) * F.softplus(-own).sum()  # w_ii = 1
-        return ranks * (negatives + positives) / (images.sum() * most.max()) ** 2             # (B K)²
 
-    owner, sizes = owner.to(v.device, non_blocking=True), sizes.to(v, non_blocking=True)
-    d = (1 + beta * (sizes - 1))[owner]                              # [N]
-    v_sum = torch.zeros_like(v[:len(sizes)]).index_add(0, owner, v)  # [B, D] V_b
-    t_sum = torch.zeros_like(t[:len(sizes)]).index_add(0, owner, t)  # [B, D] T_b
-    over_texts, over_images = log_sum_exps(v, t, counts)             # [N], [N]
-    image_side = over_texts - ((1 - beta) * own + beta * (v * t_sum[owner]).sum(1)) / d
-    text_side = over_images - ((1 - beta) * own + beta * (v_sum[owner] * t).sum(1)) / d
-    return ranks * (image_side + text_side).sum() / (2 * sum(counts))
+def ce_per_query(visual: Tensor, text: Tensor, image_of_query: Tensor, beta: float,
+                 queries_per_rank: list[int]) -> Tensor:
+    """CE of each query, both directions added: [N]. visual: [N, D], times the scale
 
-def unit(x):
-    """L2-normalise the last dimension, in float32 (float64 stays)."""
+    The cross-entropy of row i is logsumexp_j l[i, j] - Σ_j w[i, j] l[i, j] / Σ_j w[i, j], where
+        Σ_j w[i, j]         = 1 + β (number of siblings)
+        Σ_j w[i, j] l[i, j] = (1 - β) l[i, i] + β visual[i] · (sum of text over i and its siblings)
+    """
+    siblings = image_of_query.bincount() - 1                                        # [B]
+    image_of_query = image_of_query.to(visual.device, non_blocking=True)
+    total_weight = (1 + beta * siblings.to(visual, non_blocking=True))[image_of_query]  # [N]
+    no_sums = visual.new_zeros(len(siblings), visual.shape[1])                      # [B, D]
+    visual_sum = no_sums.index_add(0, image_of_query, visual)[image_of_query]       # [N, D]
+    text_sum = no_sums.index_add(0, image_of_query, text)[image_of_query]           # [N, D]
+    diagonal = (visual * text).sum(dim=1)                                           # [N] l[i, i]
+    image_target = (1 - beta) * diagonal + beta * (visual * text_sum).sum(dim=1)    # [N]
+    text_target = (1 - beta) * diagonal + beta * (visual_sum * text).sum(dim=1)     # [N]
+    over_texts, over_visuals = two_sided_logsumexp(visual, text, queries_per_rank)  # [N], [N]
+    return over_texts - image_target / total_weight + over_visuals - text_target / total_weight
+
+
+def bce_per_query(visual: Tensor, text: Tensor, image_of_query: Tensor, beta: float,
+                  queries_per_rank: list[int]) -> Tensor:
+    """BCE of each query, the sum over its row: [N]. visual: [N, D], times the scale
+
+    First all pairs count as negatives. Then the pairs of the same image, few logits in a padded
+    [B, K, K] array, are corrected: plus w[i, j] · softplus(-l[i, j]), minus softplus(l[i, j]).
+    """
+    all_texts = all_gather_ragged(text, queries_per_rank)                           # [all N, D]
+
+    def negatives_of_tile(tile: Tensor) -> Tensor:
+        return F.softplus(tile @ all_texts.T).sum(dim=1)
+
+    as_negatives = torch.cat(map_tiles(negatives_of_tile, visual))                  # [N]
+    index, most_queries = grid_index(image_of_query, visual.device)
+    num_images = int(image_of_query[-1]) + 1
+    grid = visual.new_zeros(num_images, most_queries, visual.shape[1])              # [B, K, D]
+    logits = grid.index_put(index, visual) @ grid.index_put(index, text).mT         # [B, K, K]
+    is_query = torch.zeros_like(grid[:, :, 0]).index_put(index, visual.new_ones(()))    # [B, K]
+    weight = torch.full_like(logits[0], beta).fill_diagonal_(1)                     # [K, K] w
+    correction = weight * F.softplus(-logits) - F.softplus(logits)
+    return as_negatives + (correction * is_query[:, None]).sum(dim=2)[index]
+
+
+def grid_index(image_of_query: Tensor, device: torch.device) -> tuple[tuple[Tensor, Tensor], int]:
+    """Where queries stand in a padded [B, K] grid, so that grid[index] has N rows: the image of
+    each [N] and its number there [N]; and K, the largest number of queries of an image."""
+    queries_per_image = image_of_query.bincount()                                   # [B]
+    first_query = queries_per_image.cumsum(0) - queries_per_image                   # [B]
+    number = torch.arange(len(image_of_query)) - first_query[image_of_query]        # [N]
+    index = (image_of_query.to(device, non_blocking=True), number.to(device, non_blocking=True))
+    return index, int(queries_per_image.max())
+
+
+def normalize_fp32(x: Tensor) -> Tensor:
+    """L2-normalise the last dimension, in float32 (float64 inputs, as in tests, stay float64)."""
     return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
 
-def in_tiles(function, rows):
-    """`function` of TILE rows at a time -> list; what it computes in between is not kept but recomputed."""
+
+# ---- tiles ---------------------------------------------------------------------------------------
+def map_tiles(function: Callable, rows: Tensor) -> list:
+    """Apply a function to ROWS_PER_TILE rows at a time: a list. It is applied again in the backward
+    pass, so that never more than one tile of logits is in memory."""
     return [checkpoint(function, tile, use_reentrant=False, preserve_rng_state=False)
-            for tile in rows.split(TILE)]
+            for tile in rows.split(ROWS_PER_TILE)]
 
-def log_sum_exps(v, t, counts):
-    """This rank's v, t [n, D], the rows of each rank -> log-sum-exps of v's logits [n] and of t's [n]."""
-    columns = gather_rows(t, counts)                                 # [N, D]
 
-    def of_a_tile(rows):
-        logits = rows @ columns.T                                    # [TILE, N]
-        return logits.logsumexp(1), logits.logsumexp(0)
+def two_sided_logsumexp(visual: Tensor, text: Tensor,
+                        queries_per_rank: list[int]) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of the logits: of each visual of this rank over the texts of all ranks [n], and
+    of each text of this rank over the visuals of all ranks [n]. visual, text: [n, D]"""
+    all_texts = all_gather_ragged(text, queries_per_rank)                           # [N, D]
 
-    over_rows, over_columns = zip(*in_tiles(of_a_tile, v))
-    over_columns = torch.stack(over_columns).logsumexp(0)            # [N] over this rank's rows
-    if len(counts) > 1:
-        over_columns = gather(over_columns[None]).logsumexp(0).split(counts)[dist.get_rank()]
-    return torch.cat(over_rows), over_columns
+    def of_tile(tile: Tensor) -> tuple[Tensor, Tensor]:
+        logits = tile @ all_texts.T                                                 # [tile, N]
+        return logits.logsumexp(dim=1), logits.logsumexp(dim=0)
 
-def siblings(v, t, owner, sizes, beta):
-    """What the pairs of one image cost as positives of weight β, less what they cost as negatives."""
-    place = torch.arange(len(owner)) - (sizes.cumsum(0) - sizes)[owner]                # [N] 0 … K - 1
-    grid = v.new_zeros(len(sizes), int(sizes.max()), v.shape[1])
-    v, t = (grid.index_put((owner, place), x) for x in (v, t))       # [B, K, D]
-    logits = v @ t.mT                                                # [B, K, K]
-    real = (torch.arange(grid.shape[1]) < sizes[:, None]).to(logits)                   # [B, K]
-    return ((beta * F.softplus(-logits) - F.softplus(logits)) * real[:, :, None] * real[:, None]).sum()
+    over_texts, over_tiles = zip(*map_tiles(of_tile, visual), strict=True)
+    over_visuals = torch.stack(over_tiles).logsumexp(dim=0)                         # [N]
+    if len(queries_per_rank) > 1:
+        over_visuals = all_gather(over_visuals[None]).logsumexp(dim=0)              # [N]
+        over_visuals = over_visuals.split(queries_per_rank)[rank()]                 # [n]
+    return torch.cat(over_texts), over_visuals
 
-class Gather(torch.autograd.Function):
+
+# ---- processes -----------------------------------------------------------------------------------
+def join_processes() -> torch.device:
+    """Join the processes that torchrun started, if it did. Returns this process's device."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        # cuDNN's attention is planned anew for each shape, and ours vary from batch to batch
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        # small tensors on the CPU travel by gloo, so that no process waits for its GPU
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    return device
+
+
+def rank() -> int:
+    """The number of this process; 0 prints and writes files."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait until all processes are here; on a CPU's tensor, so that no GPU is waited for."""
+    if dist.is_initialized():
+        dist.all_reduce(torch.zeros(1))
+
+
+class AllGather(torch.autograd.Function):
+    """Concatenate the rows of all ranks. Each rank's loss reads the rows of all, so the gradient
+    of a row is the sum of what all ranks send back for it."""
+
     @staticmethod
-    def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
+    def forward(ctx, x: Tensor) -> Tensor:
+        chunks = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(chunks, x.contiguous())
+        return torch.cat(chunks)
 
     @staticmethod
-    def backward(ctx, grad):
-        # each rank has a loss of its own, which reads the rows of all ranks: a row's gradients are summed
-        parts = list(grad.contiguous().chunk(dist.get_world_size()))
-        dist.reduce_scatter(own := torch.empty_like(parts[0]), parts)
-        return own
+    def backward(ctx, grad: Tensor) -> Tensor:
+        chunks = list(grad.contiguous().chunk(world_size()))
+        grad_here = torch.empty_like(chunks[0])
+        dist.reduce_scatter(grad_here, chunks)
+        return grad_here
 
-def gather(x):
-    """The rows of all ranks in the order of the ranks, with gradient: [n, …] -> [W n, …]."""
-    return Gather.apply(x) if dist.is_initialized() else x
 
-def gather_rows(x, counts):
-    """As `gather`, where each rank has another number of rows: [n, D] -> [sum(counts), D]."""
-    if len(counts) == 1:
+def all_gather(x: Tensor) -> Tensor:
+    """Concatenate x over all ranks, in their order, differentiably: [n, …] -> [ranks · n, …]."""
+    return AllGather.apply(x) if dist.is_initialized() else x
+
+
+def all_gather_ragged(x: Tensor, rows_per_rank: list[int]) -> Tensor:
+    """Like `all_gather`, for ranks with different numbers of rows: [n, D] -> [sum of rows, D]. If
+    rows_per_rank has one entry, this rank is taken alone."""
+    if len(rows_per_rank) == 1:
         return x
-    parts = gather(F.pad(x, (0, 0, 0, max(counts) - len(x)))).split(max(counts))
-    return torch.cat([part[:count] for part, count in zip(parts, counts)])
+    most = max(rows_per_rank)
+    chunks = all_gather(F.pad(x, (0, 0, 0, most - len(x)))).split(most)
+    return torch.cat([chunk[:rows] for chunk, rows in zip(chunks, rows_per_rank, strict=True)])

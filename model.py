@@ -1,316 +1,505 @@
-"""β-CLIP's model: a Hugging Face CLIP, 248 text positions, a pooler of patches by text (paper, section 3).
+"""The model of β-CLIP (paper, section 3.2): a Hugging Face CLIP with 248 text positions, and a
+text-conditioned patch pooler.
 
-At test time it is a plain CLIP: `cls` against `text`. Patches serve FG-OVD, the pooler serves training.
+At test time it is an ordinary CLIP that compares `cls` with `text`. The patch embeddings are used
+for fine-grained tasks; the pooler is a device for training.
+
+Shapes. B images of P patches; N texts, of which n differ, with T tokens in all; embeddings are D
+wide, the layers of an encoder C wide, with H heads.
 """
 
+from __future__ import annotations
+
 import argparse
+import contextlib
+import json
 import math
+import pickle
+import re
+import string
+import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tokenizers import normalizers
+from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
+from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.activations import ACT2FN
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import logging
 
-logging.disable_progress_bar()
-logging.set_verbosity_error()  # its report of missing weights is a page long; `load` raises an error
-FROZEN_POSITIONS = 20  # the first text positions keep their values
-CPU_TOKENS = 4096  # in an MLP at a time on a CPU: larger arrays leave the cache, and malloc maps them anew
-OPENAI = "openai/clip-vit-base-patch16"  # all of OpenAI's CLIPs share its tokenizer
+from loss import grid_index
 
-# ----------------------------------------------------------------------------------------------- modules
-def stretch_positions(weight):
-    """Text positions for long captions, [77, D] -> [248, D]: 20 rows stay, each other becomes four."""
-    rest = weight[FROZEN_POSITIONS:]                                            # [57, D]
-    step = torch.cat([rest.diff(dim=0), rest[-1:] - rest[-2:-1]])               # [57, D] to the next row
-    quarters = weight.new_tensor([[0], [1 / 4], [1 / 2], [3 / 4]])              # [4, 1]
-    between = rest[:, None] + quarters * step[:, None]                          # [57, 4, D]
+CONTEXT = 248  # text positions
+FROZEN_POSITIONS = 20  # the first text positions keep CLIP's values (as in Long-CLIP)
+OPENAI = "openai/clip-vit-base-patch16"  # its tokenizer is that of all of OpenAI's CLIPs
+QUOTES = {"’": "'", "‘": "'", "“": '"', "”": '"'}  # OpenAI's own tokenizer straightens them
+POOLER_FILE = "pooler.safetensors"
+NEW = "model."  # in this file, parameters that are new have this prefix, the pooler's have none
+POSITIONS = "clip.text_model.embeddings.position_embedding."
+LIBRARY_ERRORS = (OSError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError,
+                  RuntimeError, ImportError, EOFError, pickle.UnpicklingError, SafetensorError,
+                  StrictDataclassError)  # what libraries raise for bad files
+
+# of the GPU: bf16 and varlen_attn need (8, 0), Ampere; a test may set another value
+GPU_CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+
+
+class BetaCLIP(nn.Module):
+    """A CLIP, changed in place, with a patch pooler. Images are normalised by mean and std, of each
+    colour channel (0 … 1). A parameter that you add is trained and saved with the pooler."""
+
+    def __init__(self, clip: CLIPModel, mean: list[float] = OPENAI_CLIP_MEAN,
+                 std: list[float] = OPENAI_CLIP_STD) -> None:
+        super().__init__()
+        embeddings = clip.text_model.embeddings
+        positions = embeddings.position_embedding.weight.data
+        if len(positions) == 77:
+            positions = stretch_positions(positions)
+        embeddings.position_embedding = TextPositions(positions)
+        self.context = len(positions)
+        clip.config.text_config.max_position_embeddings = self.context
+        self.stock_names = set(clip.state_dict(prefix="clip."))  # all else is new, or the pooler's
+
+        self.clip = clip
+        self.pooler = PatchPooler(clip.config.projection_dim)
+        self.use_pooler = False  # whether the pooler is trained, saved and evaluated
+        self.new_parameters: list[str] = []  # those that the loaded checkpoint did not have
+        self.image_size = clip.config.vision_config.image_size
+        self.register_buffer("mean_and_std", torch.tensor([mean, std]), persistent=False)
+
+    def forward(self, pixels: Tensor, texts: PackedTexts,
+                image_of_query: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Encode B images and their N queries, and pool each image by its queries. Returns cls
+        [B, D], text [N, D] and pooled [N, D] (None if the pooler is not in use), not normalised."""
+        cls, patches = self.encode_image(pixels)
+        text = self.encode_text(texts)
+        pooled = self.pooler(text, image_of_query, patches) if self.use_pooler else None
+        return cls, text, pooled
+
+    def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode images [B, 3, height, width], uint8, or float and normalised already. Returns cls
+        [B, D], CLIP's image embedding, and patches [B, P, D], row by row, of any length."""
+        if pixels.dtype == torch.uint8:
+            mean, std = self.mean_and_std[:, :, None, None]                         # [3, 1, 1] each
+            pixels = (pixels.float() / 255 - mean) / std
+        vision = self.clip.vision_model
+        x = vision.pre_layrnorm(vision.embeddings(pixels))                          # [B, 1 + P, C]
+        *layers, last_layer = vision.encoder.layers
+        for layer in layers:
+            x = self.call(layer, x, None)  # None: no attention mask
+        x = value_only_layer(last_layer, x)
+        x = self.clip.visual_projection(vision.post_layernorm(x))                   # [B, 1 + P, D]
+        return x[:, 0], x[:, 1:]
+
+    def encode_text(self, texts: PackedTexts) -> Tensor:
+        """Encode N texts, of any length, by the final states of their last tokens, EOS: [N, D]."""
+        text_model = self.clip.text_model
+        embeddings = text_model.embeddings
+        x = embeddings.token_embedding(texts.tokens)                                # [T, C]
+        x = x + embeddings.position_embedding(texts.positions)
+        *layers, last_layer = text_model.encoder.layers
+        for layer in layers:
+            x = self.call(text_layer, layer, x, texts)
+        x = text_layer(last_layer, x, texts, only_eos=True)                         # [n, C]
+        x = self.clip.text_projection(text_model.final_layer_norm(x))               # [n, D]
+        return x[texts.distinct]                                                    # [N, D]
+
+    def call(self, function: Callable, *args: object) -> Tensor:
+        """Call all layers but the last; train.py may set another way, gradient checkpointing."""
+        return function(*args)
+
+    def freeze(self, encoder: str) -> None:
+        """Freeze an encoder, "image" or "text", and its projection: they get no gradient."""
+        names = {"image": "vision_model visual_projection", "text": "text_model text_projection"}
+        for name in names[encoder].split():
+            getattr(self.clip, name).requires_grad_(False)
+
+
+def stretch_positions(weight: Tensor) -> Tensor:
+    """Interpolate text positions (Long-CLIP): [77, C] -> [248, C]. The first 20 rows stay. Another
+    becomes four, from itself towards the next row; the last goes on in its previous direction."""
+    rest = weight[FROZEN_POSITIONS:]                                                # [57, C]
+    to_next = rest.diff(dim=0)                                                      # [56, C]
+    to_next = torch.cat([to_next, to_next[-1:]])                                    # [57, C]
+    fraction = weight.new_tensor([0, 1 / 4, 1 / 2, 3 / 4])[:, None]                 # [4, 1]
+    between = rest[:, None] + fraction * to_next[:, None]                           # [57, 4, C]
     return torch.cat([weight[:FROZEN_POSITIONS], between.flatten(0, 1)])
 
-class TextPositions(nn.Module):
-    """An nn.Embedding of text positions whose first rows are a buffer: no gradient, no weight decay."""
 
-    def __init__(self, weight):
+class TextPositions(nn.Module):
+    """An nn.Embedding of text positions. Its first 20 rows are a buffer, which is not trained."""
+
+    def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.register_buffer("frozen", weight[:FROZEN_POSITIONS].clone())
         self.learned = nn.Parameter(weight[FROZEN_POSITIONS:].clone())
 
-    def forward(self, ids):
+    def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, torch.cat([self.frozen, self.learned]))
 
-class PatchPooler(nn.Module):
-    """Each query pools the patches of its image by cross-attention. A residual would leak the query."""
 
-    def __init__(self, dim):
+class PatchPooler(nn.Module):
+    """Cross-attention by which each query pools the patches of its image.
+
+        attended = MultiheadAttention(query = text, key = value = patches), all of unit length
+        pooled   = attended + MLP(LayerNorm(attended))
+
+    No residual connection leads from the query to the output: it would leak the text into what is
+    to be compared with it.
+    """
+
+    def __init__(self, dim: int) -> None:
         super().__init__()
         self.attn = nn.MultiheadAttention(dim, num_heads=8, batch_first=True)
         self.ln = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), ACT2FN["quick_gelu"], nn.Linear(4 * dim, dim))
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, 4 * dim), ACT2FN["quick_gelu"], nn.Linear(4 * dim, dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
-    def forward(self, text, owner, patches):
-        """text [N, D], owner [N] sorted, on the CPU, patches [B, P, D] -> [N, D], of at most K per image."""
-        counts = owner.bincount(minlength=len(patches))                         # [B] queries of each image
-        place = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]   # [N] of each in its image
-        index = tuple(x.to(patches.device, non_blocking=True) for x in (owner, place))
-        text, keys = F.normalize(text, dim=-1), F.normalize(patches, dim=-1)
-        query = text.new_zeros(len(patches), int(counts.max()), text.shape[1]).index_put(index, text)
-        out = self.attn(query, keys, keys, need_weights=False)[0][index]        # [B, K, D] -> [N, D]
-        return out + self.mlp(self.ln(out))
+    def forward(self, text: Tensor, image_of_query: Tensor, patches: Tensor) -> Tensor:
+        """Pool the patches [B, P, D] of images by queries, text [N, D]: [N, D]. image_of_query [N]
+        is the index of each query's image, sorted; it is on the CPU, to be read without waiting."""
+        text = F.normalize(text, dim=-1)
+        patches = F.normalize(patches, dim=-1)
+        # attention takes the queries of each image from a padded grid, of at most K per image
+        index, most = grid_index(image_of_query, patches.device)
+        grid = text.new_zeros(len(patches), most, text.shape[1])                    # [B, K, D]
+        grid = grid.index_put(index, text)
+        attended, _ = self.attn(grid, patches, patches, need_weights=False)         # [B, K, D]
+        attended = attended[index]                                                  # [N, D]
+        return attended + self.mlp(self.ln(attended))
 
-# ------------------------------------------------------------------------------ packed texts: no padding
+
+# ---- layers and packed texts ---------------------------------------------------------------------
+def value_only_layer(layer: nn.Module, x: Tensor) -> Tensor:
+    """The last layer of the image encoder: [B, 1 + P, C] -> [B, 1 + P, C]. CLS attends to all
+    tokens as usual. A patch takes its own value, not a mixture of all, and so stays local."""
+    attn = layer.self_attn
+    h = layer.layer_norm1(x)
+    value = attn.v_proj(h)                                                          # [B, 1 + P, C]
+    q, k, v = (y.unflatten(2, (attn.num_heads, -1)).transpose(1, 2)     # [B, H, 1 or 1 + P, C / H]
+               for y in (attn.q_proj(h[:, :1]), attn.k_proj(h), value))
+    cls = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)        # [B, 1, C]
+    x = x + attn.out_proj(torch.cat([cls, value[:, 1:]], dim=1))
+    return x + layer.mlp(layer.layer_norm2(x))
+
+
 class PackedTexts(NamedTuple):
-    """N texts for the text encoder: the n distinct ones, sorted by length, stand end to end as T tokens."""
-    tokens: torch.Tensor     # [T]
-    positions: torch.Tensor  # [T] place of each token in its text
-    offsets: torch.Tensor    # [n + 1] int32: where each text starts, and T
-    rows: torch.Tensor       # [N] which of the n texts each of the N is
-    groups: list             # (length, number of texts of that length), ascending
+    """N texts without padding: the n distinct ones, sorted by length, one after the other. The
+    values on the right are those of pack([[8, 1, 9], [8, 9], [8, 1, 9]])."""
 
-    def to(self, device):
-        return PackedTexts(*(x.to(device, non_blocking=True) for x in self[:-1]), self.groups)
+    tokens: Tensor     # [T] token ids                                               8 9 8 1 9
+    positions: Tensor  # [T] the position of each token in its text                  0 1 0 1 2
+    offsets: Tensor    # [n + 1] int32, where each text begins, and T                0 2 5
+    distinct: Tensor   # [N] the index of each text among the distinct ones          1 0 1
+    groups: list[tuple[int, int]]  # (length, number of such texts), ascending       (2, 1), (3, 1)
 
-def pack(texts):
-    """A list of N lists of token ids, BOS … EOS -> PackedTexts."""
+    def to(self, device: torch.device) -> PackedTexts:
+        tensors = [tensor.to(device, non_blocking=True) for tensor in self[:-1]]
+        return PackedTexts(*tensors, self.groups)
+
+
+def pack(texts: list[list[int]]) -> PackedTexts:
+    """Pack texts, each a list of token ids, BOS … EOS."""
     texts = [tuple(text) for text in texts]
     distinct = sorted(dict.fromkeys(texts), key=len)
-    row = {text: number for number, text in enumerate(distinct)}
-    lengths = torch.tensor([len(text) for text in distinct])
-    offsets = F.pad(lengths.cumsum(0), (1, 0))
+    index_of = {text: index for index, text in enumerate(distinct)}
+    lengths = torch.tensor([len(text) for text in distinct])                        # [n]
+    offsets = F.pad(lengths.cumsum(0), (1, 0))                                      # [n + 1]
     return PackedTexts(
         tokens=torch.tensor([token for text in distinct for token in text]),
         positions=torch.arange(offsets[-1]) - offsets[:-1].repeat_interleave(lengths),
         offsets=offsets.int(),
-        rows=torch.tensor([row[text] for text in texts]),
+        distinct=torch.tensor([index_of[text] for text in texts]),
         groups=sorted(Counter(lengths.tolist()).items()),
     )
 
-@torch.compiler.disable  # the groups differ from batch to batch
-def attend(query, key, value, heads, texts, causal):
-    """Attention within each text: query, key, value [T, W], or query [n, W], a token of each -> as query."""
-    query, key, value = (x.unflatten(-1, (heads, -1)) for x in (query, key, value))      # [T, H, W / H]
-    if query.is_cuda and query.dtype != torch.float32:  # FlashAttention takes packed texts as they are
-        longest = texts.groups[-1][0]
-        starts = texts.offsets if causal else torch.arange(len(texts.offsets), device=query.device).int()
-        return varlen_attn(query, key, value, starts, texts.offsets, longest if causal else 1, longest,
-                           window_size=(-1, 0 if causal else -1)).flatten(1)
-    tokens = [length * count for length, count in texts.groups]  # texts of equal length lie side by side
-    asking = tokens if causal else [count for _, count in texts.groups]
-    out = []
-    for (_, count), *group in zip(texts.groups, query.split(asking), key.split(tokens), value.split(tokens)):
-        q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in group)          # [count, H, L, W / H]
-        out.append(F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(0, 1))
-    return torch.cat(out).flatten(1)
 
-def text_layer(layer, x, texts, eos=None):
-    """A transformer layer on packed texts: x [T, W] -> [T, W]; or, for the tokens `eos` [n] alone, [n, W]."""
-    attn, h = layer.self_attn, layer.layer_norm1(x)
-    x, asking = (x, h) if eos is None else (x[eos], h[eos])
-    mixed = attend(attn.q_proj(asking), attn.k_proj(h), attn.v_proj(h), attn.num_heads, texts, eos is None)
-    x = x + attn.out_proj(mixed)
-    mlp = lambda part: part + layer.mlp(layer.layer_norm2(part))
-    return mlp(x) if x.is_cuda else torch.cat([mlp(part) for part in x.split(CPU_TOKENS)])
-
-def image_layer(layer, x):
-    """A transformer layer on images: x [B, 1 + P, W] -> [B, 1 + P, W]."""
-    return layer(x, attention_mask=None)
-
-def value_only_layer(layer, x):
-    """The last layer on images, x [B, 1 + P, W] -> as x: CLS attends as usual, a patch sees itself alone."""
-    attn, h = layer.self_attn, layer.layer_norm1(x)
-    value = attn.v_proj(h)                                                               # [B, 1 + P, W]
-    q, k, v = (y.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)                     # [B, H, L, W / H]
-               for y in (attn.q_proj(h[:, :1]), attn.k_proj(h), value))
-    cls = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)             # [B, 1, W]
-    x = x + attn.out_proj(torch.cat([cls, value[:, 1:]], dim=1))
+def text_layer(layer: nn.Module, x: Tensor, texts: PackedTexts, only_eos: bool = False) -> Tensor:
+    """A layer of the text encoder, [T, C] -> [T, C], which computes what its own `forward` does for
+    each text by itself; or, for the last layer, only for the EOS tokens, which are read: [n, C]."""
+    attn = layer.self_attn
+    h = layer.layer_norm1(x)
+    asking = texts.offsets[1:] - 1 if only_eos else slice(None)                     # [n] EOS
+    query = attn.q_proj(h[asking])                                                  # [T or n, C]
+    attended = attend(query, attn.k_proj(h), attn.v_proj(h), attn.num_heads, texts, only_eos)
+    x = x[asking] + attn.out_proj(attended)
     return x + layer.mlp(layer.layer_norm2(x))
 
-# -------------------------------------------------------------------------------------------- the model
-class BetaCLIP(nn.Module):
-    """`clip`, whose 77 text positions become 248 (others stay), and a fresh pooler; changes `clip` itself."""
 
-    def __init__(self, clip):
-        super().__init__()
-        weight = clip.text_model.embeddings.position_embedding.weight.data
-        self.stretched = len(weight) == 77
-        weight = stretch_positions(weight) if self.stretched else weight
-        clip.text_model.embeddings.position_embedding = TextPositions(weight)
-        clip.config.text_config.max_position_embeddings = self.context = len(weight)
-        self.dim, self.image_size = clip.config.projection_dim, clip.config.vision_config.image_size
-        self.clip, self.pooler = clip, PatchPooler(self.dim)
-        self.has_trained_pooler = False
-        self.image_layer, self.text_layer = image_layer, text_layer
+def attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int, texts: PackedTexts,
+           only_eos: bool) -> Tensor:
+    """Attention within each of the packed texts, to the tokens up to the own one: [T, C]; or, if
+    only_eos, of the last tokens, the only ones in query: [n, C]."""
+    query, key, value = (x.unflatten(1, (num_heads, -1)) for x in (query, key, value))  # [T, H, …]
+    if query.is_cuda and query.dtype != torch.float32 and GPU_CAPABILITY >= (8, 0):
+        starts = texts.offsets  # FlashAttention takes packed texts as they are
+        longest = texts.groups[-1][0]
+        if not only_eos:  # any number of tokens to the left, none to the right
+            return varlen_attn(query, key, value, starts, starts, longest, longest,
+                               window_size=(-1, 0)).flatten(1)
+        each = torch.arange(len(starts), device=query.device, dtype=torch.int32)
+        return varlen_attn(query, key, value, each, starts, 1, longest).flatten(1)
 
-    def encode_image(self, pixels):
-        """pixels [B, 3, H, W] -> cls [B, D], as the stock CLIP's, patches [B, P, D]; not normalised."""
-        vision = self.clip.vision_model
-        x = vision.pre_layrnorm(vision.embeddings(pixels))                               # [B, 1 + P, W]
-        *layers, last = vision.encoder.layers
-        for layer in layers:
-            x = self.image_layer(layer, x)
-        x = value_only_layer(last, x)
-        x = self.clip.visual_projection(vision.post_layernorm(x))                        # [B, 1 + P, D]
-        return x[:, 0], x[:, 1:]
+    # texts of equal length stand side by side, so that they are a dense batch
+    counts = [count for _, count in texts.groups]
+    tokens = [length * count for length, count in texts.groups]
+    queries = query.split(counts if only_eos else tokens)
+    out = []
+    for count, q, k, v in zip(counts, queries, key.split(tokens), value.split(tokens), strict=True):
+        q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=not only_eos)
+        out.append(attended.transpose(1, 2).flatten(0, 1))
+    return torch.cat(out).flatten(1)
 
-    def encode_text(self, texts):
-        """texts: a list of N 1-D LongTensors, BOS … EOS, or PackedTexts -> [N, D], not normalised."""
-        if not isinstance(texts, PackedTexts):
-            texts = pack([text.tolist() for text in texts]).to(self.clip.device)
-        text = self.clip.text_model
-        token, position = text.embeddings.token_embedding, text.embeddings.position_embedding
-        x = token(texts.tokens) + position(texts.positions)                              # [T, W]
-        *layers, last = text.encoder.layers
-        for layer in layers:
-            x = self.text_layer(layer, x, texts)
-        x = text_layer(last, x, texts, eos=texts.offsets[1:] - 1)                        # [n, W]: EOS alone
-        return self.clip.text_projection(text.final_layer_norm(x))[texts.rows]           # [N, D]
 
-    def forward(self, pixels, texts, owner):
-        """Images, N queries, the image of each, owner [N] -> cls [B, D], text, pooled [N, D] (or None)."""
-        cls, patches = self.encode_image(pixels)
-        text = self.encode_text(texts)
-        return cls, text, self.pooler(text, owner, patches) if self.has_trained_pooler else None
+# ---- loading -------------------------------------------------------------------------------------
+class InputError(ValueError):
+    """An error in what the user gave. It says what is wrong, where, and what to do."""
 
-    def wrap_layers(self, wrap):
-        """Wrap what computes a layer, but for the last of each tower, for instance in torch.compile."""
-        self.image_layer, self.text_layer = wrap(self.image_layer), wrap(self.text_layer)
 
-# ---------------------------------------------------------------------------------------------- loading
-def from_scratch(tokenizer, image_size=64):
-    """A small model with random weights and `tokenizer`'s vocabulary, for the built-in scenes."""
-    tower = dict(hidden_size=128, intermediate_size=512, num_attention_heads=4)
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    vision = tower | dict(num_hidden_layers=3, image_size=image_size, patch_size=8)
-    text = tower | ids | dict(num_hidden_layers=2, max_position_embeddings=77, vocab_size=len(tokenizer))
-    return BetaCLIP(CLIPModel(CLIPConfig(projection_dim=128, vision_config=vision, text_config=text)))
+@contextlib.contextmanager
+def library_call(problem: str, *more_errors: type[Exception]) -> Iterator[None]:
+    """Around the call of a library, and no code of ours, on what the user gave."""
+    try:
+        yield
+    except (*LIBRARY_ERRORS, *more_errors) as error:
+        reason = str(error.__cause__ or error) or type(error).__name__
+        raise InputError(f"{problem}: {reason}") from error
 
-AUTHORS = (  # parts of the authors' parameter names and of ours, replaced in this order
-    ("clip.text_conditioned_patches_block", "pooler"), ("pooler.ln_2", "pooler.ln"),
-    ("pooler.mlp.c_fc", "pooler.mlp.0"), ("pooler.mlp.c_proj", "pooler.mlp.2"),
-    ("visual.", "vision_model."), ("cls_token", "embeddings.class_embedding"), ("norm_pre", "pre_layrnorm"),
-    ("pos_embed", "embeddings.position_embedding.weight"), ("patch_embed.proj", "embeddings.patch_embedding"),
-    ("model.norm.", "model.post_layernorm."), ("model.blocks", "model.encoder.layers"),
-    ("transformer.resblocks", "text_model.encoder.layers"), ("ln_final", "text_model.final_layer_norm"),
-    ("token_embedding", "text_model.embeddings.token_embedding"),
-    ("positional_embedding_res", "text_model.embeddings.position_embedding.learned"),
-    ("positional_embedding", "text_model.embeddings.position_embedding.frozen"),
-    ("image_projection", "visual_projection.weight"), ("text_projection", "text_projection.weight"),
-    (".attn.proj", ".self_attn.out_proj"), (".attn.", ".self_attn."), ("pooler.self_attn", "pooler.attn"),
-    (".norm", ".layer_norm"), (".ln_", ".layer_norm"), ("c_fc", "fc1"), ("c_proj", "fc2"))
 
-def from_authors(state_dict, heads=None):
-    """The authors' state_dict -> BetaCLIP, of the tensors' sizes; `heads` where a head is not 64 wide."""
+@contextlib.contextmanager
+def command_line() -> Iterator[None]:
+    """Around a program: an InputError ends it with one line; transformers prints nothing else."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # some consoles cannot print β
+            stream.reconfigure(errors="replace")
+    try:
+        yield
+    except InputError as error:
+        message = " ".join(str(error).split())[:600]
+        tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def load(source: str | Path) -> tuple[BetaCLIP, CLIPTokenizer]:
+    """Load a model, on the CPU and in eval mode, and its tokenizer: a run, a checkpoint file of the
+    authors, or a CLIP in a folder or on the hub. Raises InputError."""
+    folder = Path(source, "hf") if Path(source, "hf").is_dir() else source
+    if Path(source).is_file():
+        model = from_authors(read_checkpoint(source, "state_dict")["state_dict"], str(source))
+        beside = Path(source).parent
+        folder = beside if (beside / "tokenizer_config.json").is_file() else OPENAI
+    else:
+        model = from_folder(folder)
+    with library_call(f"{folder}: the tokenizer cannot be loaded"):
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+    vocab_size = model.clip.config.text_config.vocab_size
+    if not 256 < len(tokenizer) <= vocab_size:  # without files, transformers makes one of 3 tokens
+        raise InputError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, not {vocab_size}")
+    tokenizer.backend_tokenizer.no_truncation()  # these settings may have been saved with it
+    tokenizer.backend_tokenizer.no_padding()
+    return model.eval(), straighten_quotes(tokenizer)
+
+
+def straighten_quotes(tokenizer: CLIPTokenizer) -> CLIPTokenizer:
+    """Have a tokenizer read ’ ‘ “ ” as ' and ", as OpenAI's does. Changes and returns it."""
+    backend = tokenizer.backend_tokenizer
+    if backend.normalizer.normalize_str("’") != "'":
+        steps = [normalizers.Replace(curly, straight) for curly, straight in QUOTES.items()]
+        backend.normalizer = normalizers.Sequence([*steps, backend.normalizer])
+    return tokenizer
+
+
+def build_small_model(tokenizer: CLIPTokenizer, size: int) -> BetaCLIP:
+    """A small model with random weights, for images of `size` pixels."""
+    encoder = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4}
+    vision = encoder | {"num_hidden_layers": 3, "image_size": size, "patch_size": 8}
+    text = encoder | {"num_hidden_layers": 2, "vocab_size": len(tokenizer)}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        text[name] = getattr(tokenizer, name)
+    config = CLIPConfig(projection_dim=128, vision_config=vision, text_config=text)
+    return BetaCLIP(CLIPModel(config))
+
+
+def from_folder(source: str | Path) -> BetaCLIP:
+    """Load a Hugging Face CLIP, with what `export` wrote beside it, if anything."""
+    with library_call(f"{source}: a CLIP cannot be loaded"):
+        clip, report = CLIPModel.from_pretrained(
+            source, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise InputError(f"{source} is not a whole CLIP: it lacks {missing[0]}, of {len(missing)}")
+    folder = Path(source)
+    processor_files = ["preprocessor_config.json", "processor_config.json"]
+    with library_call(f"{source}: cannot be read"):
+        if not folder.is_dir():
+            folder = snapshot_download(source, allow_patterns=[POOLER_FILE, *processor_files])
+        statistics = []
+        if any(Path(folder, name).is_file() for name in processor_files):
+            processor = CLIPImageProcessor.from_pretrained(folder)
+            statistics = [processor.image_mean, processor.image_std]
+        pooler_file = Path(folder, POOLER_FILE)
+        saved_beside = load_file(pooler_file) if pooler_file.is_file() else {}
+
+    model = BetaCLIP(clip, *statistics)
+    state = model.state_dict()
+    loaded = {name: state[name] for name in model.stock_names}
+    for name, tensor in saved_beside.items():
+        is_new = name.startswith(NEW)
+        loaded[name.removeprefix(NEW) if is_new else f"pooler.{name}"] = tensor
+    model.use_pooler = any(name.startswith("pooler.") for name in loaded)
+    load_weights(model, loaded, source)
+    return model
+
+
+def load_weights(model: BetaCLIP, state: dict[str, Tensor], source: str | Path) -> None:
+    """Load all weights of a checkpoint. A parameter that is not in it, nor in a stock CLIP, stays
+    as it was built, and is named in model.new_parameters. Raises InputError if they do not fit."""
+    with library_call(f"{source}: the weights do not fit"):
+        missing, unknown = model.load_state_dict(state, strict=False)
+    model.new_parameters = [name for name in missing if name not in model.stock_names
+                            and (model.use_pooler or not name.startswith("pooler."))]
+    wrong = unknown + [name for name in missing if name in model.stock_names]
+    if wrong:
+        raise InputError(f"{source}: checkpoint and model do not both have {', '.join(wrong[:3])}")
+
+
+# ---- the authors' format -------------------------------------------------------------------------
+AUTHORS_CONFIGS = {768: {"vision_config": {"patch_size": 16}}}  # by the image encoder's width
+AUTHORS_RENAMES = (  # regular expressions, applied in this order
+    (r"^visual\.", "clip.vision_model."), (r"^transformer\.", "clip.text_model."),
+    (r"^text_conditioned_patches_block", "pooler"), (r"^logit_scale", "clip.logit_scale"),
+    (r"^image_projection", "clip.visual_projection.weight"),
+    (r"^text_projection", "clip.text_projection.weight"),
+    (r"^ln_final", "clip.text_model.final_layer_norm"),
+    (r"^token_embedding", "clip.text_model.embeddings.token_embedding"),
+    (r"^positional_embedding_res", f"{POSITIONS}learned"),
+    (r"^positional_embedding$", f"{POSITIONS}frozen"),
+    (r"\.cls_token", ".embeddings.class_embedding"), (r"\.norm_pre", ".pre_layrnorm"),
+    (r"\.pos_embed", ".embeddings.position_embedding.weight"),
+    (r"\.patch_embed\.proj", ".embeddings.patch_embedding"),
+    (r"_model\.norm\.", "_model.post_layernorm."), (r"\.(?:res)?blocks\.", ".encoder.layers."),
+    (r"(layers\.\d+)\.(?:norm|ln_)", r"\1.layer_norm"),
+    (r"(layers\.\d+)\.attn\.proj", r"\1.self_attn.out_proj"),
+    (r"(layers\.\d+)\.attn", r"\1.self_attn"), (r"pooler\.ln_2", "pooler.ln"),
+    (r"pooler\.mlp\.c_fc", "pooler.mlp.0"), (r"pooler\.mlp\.c_proj", "pooler.mlp.2"),
+    (r"\.c_fc", ".fc1"), (r"\.c_proj", ".fc2"))
+
+
+def read_checkpoint(path: str | Path, key: str) -> dict:
+    """Read a checkpoint with a dict under `key`, without executing pickles. Raises InputError."""
+    with (library_call(f"{path} is not a checkpoint"),
+          torch.serialization.safe_globals([argparse.Namespace])):  # the authors' files hold one
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), dict):
+        raise InputError(f"{path} is not a checkpoint: it holds no {key!r}")
+    return checkpoint
+
+
+def from_authors(state_dict: dict[str, Tensor], source: str = "the checkpoint") -> BetaCLIP:
+    """Build a model from the authors' state_dict. Raises InputError."""
     theirs = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
-
-    def tower(blocks, width):
-        if width % 64 and not heads:
-            raise ValueError(f"{blocks} is {width} wide, no multiple of 64: say how many heads it has")
-        layers = {name.split(".")[2] for name in theirs if name.startswith(blocks)}
-        return dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=len(layers),
-                    num_attention_heads=heads or width // 64)
-
-    width, dim = theirs["image_projection"].shape
-    patch = theirs["visual.patch_embed.proj.weight"].shape[-1]
-    side = math.isqrt(theirs["visual.pos_embed"].shape[1])  # of 1 + side² positions
-    vision = tower("visual.blocks", width) | dict(patch_size=patch, image_size=patch * side)
-    size, width = theirs["token_embedding.weight"].shape
-    text = tower("transformer.resblocks", width) | dict(
-        vocab_size=size, bos_token_id=size - 2, eos_token_id=size - 1, max_position_embeddings=248)
-    model = BetaCLIP(CLIPModel(CLIPConfig(projection_dim=dim, vision_config=vision, text_config=text)))
-
+    width = len(theirs.get("image_projection", []))
+    if width not in AUTHORS_CONFIGS:
+        raise InputError(f"{source} is not a ViT-B/16 of the authors")
+    theirs["visual.cls_token"] = theirs["visual.cls_token"].flatten()               # of [1, 1, C]
+    theirs["visual.pos_embed"] = theirs["visual.pos_embed"][0]                  # of [1, 1 + P, C]
+    for name in ("image_projection", "text_projection"):
+        theirs[name] = theirs[name].T  # they compute x @ P
+    # both have 248 rows, of which these are in use
     theirs["positional_embedding"] = theirs["positional_embedding"][:FROZEN_POSITIONS]
     theirs["positional_embedding_res"] = theirs["positional_embedding_res"][FROZEN_POSITIONS:]
     ours = {}
     for name, tensor in theirs.items():
-        tensor = tensor.T if name.endswith("_projection") else tensor.squeeze()  # cls_token is [1, 1, W]
-        name = "clip." + name
-        for old, new in AUTHORS:
-            name = name.replace(old, new)
-        if ".qkv." in name:  # q, k and v, stacked
-            ours |= {name.replace("qkv", f"{one}_proj"): rows for one, rows in zip("qkv", tensor.chunk(3))}
-        else:
-            ours[name] = tensor
-    model.load_state_dict(ours)
-    model.has_trained_pooler = True
+        for pattern, replacement in AUTHORS_RENAMES:
+            name = re.sub(pattern, replacement, name)
+        names = [name.replace("qkv", f"{letter}_proj") for letter in "qkv"]
+        chunks = tensor.chunk(3) if ".qkv." in name else [tensor]  # q, k and v in one tensor
+        ours |= dict(zip(names, chunks, strict=False))
+    model = BetaCLIP(CLIPModel(CLIPConfig(**AUTHORS_CONFIGS[width])))
+    model.use_pooler = True
+    load_weights(model, ours, source)
     return model
 
-def read(path, name):
-    """The dict in a torch file, which has `name`; no pickle is executed. Raises OSError."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the authors' checkpoints hold one
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-        return saved | {name: saved[name]}
-    except Exception as error:
-        raise OSError(f"{path} is no checkpoint with {name}, of tensors and plain values: {error}") from error
 
-def run_model(source):
-    """The model in a run's folder, or `source` itself, where it is none."""
-    return Path(source, "hf") if Path(source, "hf").is_dir() else source
+# ---- export --------------------------------------------------------------------------------------
+MODEL_CARD = string.Template("""\
+---
+library_name: transformers
+pipeline_tag: zero-shot-image-classification
+tags: [clip, beta-clip, long-text, fine-grained]
+---
+# β-CLIP
 
-def load(source, heads=None, size=None):
-    """A run's folder, an authors' .pt, or a Hugging Face CLIP (folder or hub name) -> BetaCLIP, on the CPU.
+A CLIP with a $context-token text encoder, fine-tuned from $base with
+[β-CLIP](https://arxiv.org/abs/2512.12678) by `$command`. Results in %:
 
-    heads: attention heads of the authors' towers, where a head is not 64 wide
-    size:  pixels of an image's side, where not the model's own: its positions are resampled
-    """
-    if Path(source).suffix == ".pt":
-        model = from_authors(read(source, "state_dict")["state_dict"], heads)
-    else:
-        source, pooler = run_model(source), "pooler.safetensors"
-        clip, report = CLIPModel.from_pretrained(source, dtype=torch.float32, attn_implementation="sdpa",
-                                                 output_loading_info=True)
-        if missing := sorted(report["missing_keys"]):
-            raise ValueError(f"no whole CLIP: {len(missing)} weights are missing, the first is {missing[0]}")
-        model = BetaCLIP(clip)
-        folder = Path(source if Path(source).is_dir() else snapshot_download(source, allow_patterns=pooler))
-        if (folder / pooler).is_file():
-            model.pooler.load_state_dict(load_file(folder / pooler))
-            model.has_trained_pooler = True
-    if size and size != model.image_size:
-        resize_images(model, size)
-    return model.eval()
+```
+$results
+```
 
-def resize_images(model, size):
-    """Let `model` see images of another size: resample its positions, as transformers does."""
-    embeddings = model.clip.vision_model.embeddings
-    if size % embeddings.patch_size:
-        raise ValueError(f"{size} pixels are no multiple of its patches of {embeddings.patch_size}")
-    patches = torch.zeros(1, 1 + (size // embeddings.patch_size) ** 2, embeddings.embed_dim)
-    weight = embeddings.interpolate_pos_encoding(patches, size, size).detach()[0]        # [1 + P, W]
-    embeddings.position_embedding = nn.Embedding.from_pretrained(weight, freeze=False)
-    embeddings.register_buffer("position_ids", torch.arange(len(weight))[None], persistent=False)
-    embeddings.image_size = model.clip.config.vision_config.image_size = model.image_size = size
+Take the tokenizer from `CLIPProcessor` or `AutoTokenizer`: they straighten curly quotes, as in
+training, and `CLIPTokenizer` does not. `CLIPTextModel` loads the text encoder alone.
 
-def load_tokenizer(source, model):
-    """The tokenizer of the model that `load` made of `source`; an authors' .pt has OpenAI's, or its own."""
-    source, size = run_model(source), model.clip.config.text_config.vocab_size
-    if Path(source).is_file():
-        folder = Path(source).parent
-        source = folder if (folder / "tokenizer_config.json").is_file() else OPENAI
-    tokenizer = CLIPTokenizer.from_pretrained(source)
-    if not 256 < len(tokenizer) <= size:  # transformers makes an empty one where it finds no files
-        raise ValueError(f"{source} has a tokenizer of {len(tokenizer)} tokens, the model one of {size}")
-    tokenizer.backend_tokenizer.no_truncation()  # which may have been saved with it
-    tokenizer.backend_tokenizer.no_padding()
-    return tokenizer
+```python
+from transformers import CLIPModel, CLIPProcessor
 
-def export(model, tokenizer, folder, base="", command="", table=""):
-    """Write a folder that stock transformers load, a trained pooler beside, and README.md, its hub page."""
-    state, name = model.clip.state_dict(), "text_model.embeddings.position_embedding."
-    state[name + "weight"] = torch.cat([state.pop(name + "frozen"), state.pop(name + "learned")])
-    model.clip.save_pretrained(folder, state_dict=state)
+model = CLIPModel.from_pretrained("$folder")  # on the hub: OWNER/NAME
+processor = CLIPProcessor.from_pretrained("$folder")
+inputs = processor(text=["a red picture", "a blue picture"], return_tensors="pt", padding=True)
+print(model.get_text_features(**inputs))  # of up to $context tokens; images likewise
+```
+""")
+
+
+def export(model: BetaCLIP, tokenizer: CLIPTokenizer, folder: Path, base: str = "",
+           command: str = "", results: str = "") -> None:
+    """Write a folder that stock transformers loads, and what a stock CLIP lacks, the pooler and new
+    parameters, to pooler.safetensors. The strings are for the model card. Raises InputError."""
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    clip_state = {name.removeprefix("clip."): state.pop(name) for name in model.stock_names}
+    position = POSITIONS.removeprefix("clip.")
+    clip_state[f"{position}weight"] = torch.cat(
+        [clip_state.pop(f"{position}frozen"), clip_state.pop(f"{position}learned")])
+    save_beside = {}
+    for name, tensor in state.items():
+        if not name.startswith("pooler."):
+            save_beside[NEW + name] = tensor
+        elif model.use_pooler:
+            save_beside[name.removeprefix("pooler.")] = tensor
+    # OpenAI's configs name another token, 2, by which transformers means the highest id of a text
+    model.clip.config.text_config.eos_token_id = tokenizer.eos_token_id
     tokenizer.model_max_length = model.context
-    images = CLIPImageProcessor(size=model.image_size, crop_size=model.image_size)
-    CLIPProcessor(images, tokenizer).save_pretrained(folder)
-    if model.has_trained_pooler:
-        save_file(model.pooler.state_dict(), Path(folder) / "pooler.safetensors")
-    card = Path(__file__).with_name(".github").joinpath("model_card.md").read_text()
-    base = f"base_model: {base}\n" if "/" in base and not Path(base).exists() else ""
-    Path(folder, "README.md").write_text(card.format(folder=folder, base=base, command=command, table=table))
+    mean, std = model.mean_and_std.tolist()
+    images = CLIPImageProcessor(size=model.image_size, crop_size=model.image_size,
+                                image_mean=mean, image_std=std)
+    card = MODEL_CARD.substitute(base=base, folder=folder, command=command, results=results,
+                                 context=model.context)
+    with library_call(f"{folder} cannot be written"):
+        model.clip.save_pretrained(folder, state_dict=clip_state)
+        if save_beside:
+            save_file(save_beside, folder / POOLER_FILE)
+        CLIPProcessor(images, tokenizer).save_pretrained(folder)
+        images.save_pretrained(folder)  # this and the next line are for transformers 4
+        tokenizer.backend_tokenizer.model.save(str(folder))
+        # CLIPTokenizer would replace the normalizer in tokenizer.json, this class takes it
+        file = folder / "tokenizer_config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config["model_input_names"] = ["input_ids", "attention_mask"]  # of this class, for CLIP
+        file.write_text(json.dumps(config), encoding="utf-8")
+        (folder / "README.md").write_text(card, encoding="utf-8")

@@ -1,353 +1,476 @@
-"""Train a β-CLIP.
+"""Train β-CLIP.
 
-    torchrun train.py --beta 0.5                       # the built-in scenes; also without torchrun, or a GPU
-    torchrun --nproc_per_node 2 train.py --beta 0.5    # two processes: gloo on a CPU, nccl with GPUs
-    torchrun --nproc_per_node 4 train.py --beta 0.5 --data sharegpt4v --root DIR       # the paper's recipe
-    torchrun train.py --data pairs.jsonl --root IMAGES --val val.jsonl --model RUN/hf  # your own data
-    torchrun --nnodes 2 --nproc_per_node 8 --node_rank 0 --master_addr HOST --master_port 29500 train.py …
+    torchrun train.py --beta 0.5                       # on the scenes; also without torchrun or GPU
+    torchrun --nproc_per_node 4 train.py --beta 0.5 --data sharegpt4v --root DIR    # as the paper
+    torchrun train.py --data pairs.jsonl --root IMAGES --val val.jsonl              # your own data
 
-The scenes start from a small CLIP, as the paper starts from OpenAI's. No hub has it, so the first run trains
-it, in runs/base: on single sentences, as OpenAI's saw short captions, and without β-CAL.
-
-A run's folder, --out, which all nodes share, holds checkpoint.pt, log.jsonl, eval.json and hf/, the model for
-stock transformers. The same command resumes a run, on as many processes as there are then.
+A run writes checkpoint.pt, log.jsonl, eval.json, and hf/, the model for stock transformers, to the
+folder --out, which all nodes must share. The same command resumes it, on any number of processes.
 """
 
+import argparse
 import contextlib
+import hashlib
 import json
 import math
+import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # else waiting threads keep a core from others
+# before torch is imported: OpenMP's idle threads must not keep the cores from other processes
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from transformers import CLIPTokenizer
 
 import data
 import eval as evaluation
 import model as models
-from loss import beta_cal, clip_loss
+from loss import barrier, beta_cal, clip_loss, join_processes, rank, world_size
+from model import BetaCLIP, InputError, command_line, library_call
 
-SCENES = dict(model="base", phrases=8, batch_size=64, accum=1, epochs=0.624, lr=1e-3, warmup=0.05, workers=1)
-RECIPE = dict(model="openai/clip-vit-base-patch16", phrases=30, batch_size=64, accum=8, epochs=10, lr=1e-5,
-              warmup=0.01, workers=8)  # the paper's, for all other data
-BASE = "runs/base"
-BASE_ARGUMENTS = f"--model scratch --cal none --sentences 1 --epochs 0.64 --out {BASE}".split()
-LOG_EVERY = 10  # steps
-BAD_STEPS = 3   # steps in a row whose gradient is not finite end a run
+FLAGS = {  # name: type or choices, default or (default on scenes, that of the paper's recipe), help
+    "beta": (float, 0.5, "weight of the other queries of an image as positives, 0 to 1"),
+    "cal": (("ce", "bce", "none"), "ce", "form of β-CAL; none is L_clip only"),
+    "cal-weight": (float, 1.0, "weight of β-CAL in the loss"),
+    "global-negatives": (bool, False, "have β-CAL contrast with the queries of all processes"),
+    "sentences": (int, 5, "sentence queries per image; with 0, a caption still has 5 sentences"),
+    "phrases": (int, (8, 30), "phrase queries per image"),
+    "data": (str, "scenes", "scenes, sharegpt4v, a file, a folder, or a data set on the hub"),
+    "columns": (str, None, "IMAGE,CAPTION: the names of the columns of --data and --val"),
+    "root": (str, "data", "the folder of images and benchmarks"),
+    "val": (str, None, "a file, a folder, or a data set on the hub, to evaluate retrieval on"),
+    "model": (str, ("scratch", "openai/clip-vit-base-patch16"), "scratch, or as eval.py --ckpt"),
+    "freeze": (("image", "text"), None, "an encoder that is not trained"),
+    "batch-size": (int, (64, 64), "images per process and micro-step"),
+    "accum": (int, (1, 8), "micro-steps per step"),
+    "epochs": (float, (1.0, 10.0), "length of the run"),
+    "max-steps": (int, None, "length of the run in steps, if that is shorter"),
+    "lr": (float, (1e-3, 1e-5), "peak rate of the backbone; if 0, only the rest is trained"),
+    "lr-pooler": (float, 1e-3, "peak rate of the pooler and of new parameters"),
+    "warmup": (float, (0.05, 0.01), "epochs in which lr rises; at most a tenth of the run"),
+    "wd": (float, 0.01, "weight decay of matrices"),
+    "max-norm": (float, math.inf, "clip the norm of the gradient"),
+    "amp": (("bf16", "fp16", "off"), None, "default: bf16, or fp16 before Ampere; off on a CPU"),
+    "grad-checkpointing": (bool, False, "save memory: recompute layers in the backward pass"),
+    "workers": (int, (1, 8), "processes that load data"),
+    "seed": (int, 0, "of weights, crops, sentences, and the order of samples"),
+    "out": (str, None, "the run's folder (default: runs/DATA-CAL-betaB-seedS)"),
+    "save-every": (int, 500, "steps between checkpoints; there is one after each epoch, too"),
+    "eval-every": (float, 1.0, "epochs between evaluations"),
+}
+MAY_BE_ZERO = {"beta", "cal_weight", "sentences", "phrases", "lr", "lr_pooler", "warmup", "wd",
+               "workers", "seed"}
 MAY_CHANGE_ON_RESUME = {"command", "out", "root", "val", "workers", "save_every", "eval_every",
-                        "grad_checkpointing", "compile"}
+                        "grad_checkpointing"}
+FILES = ("train.py", "model.py", "loss.py", "data.py", "eval.py")
+LOG_EVERY = 10  # steps
+MAX_BAD_STEPS = {"off": 3, "bf16": 3, "fp16": 20}  # in a row; fp16 needs some to find its scale
+LOADER_TIMEOUT = 300  # seconds that a step waits for a batch
 
-def arguments(argv=None):
-    """Parse and check the command line; what is not given comes from SCENES or RECIPE."""
-    parser = data.argument_parser(__doc__)
-    add = parser.add_argument
-    add("--beta", type=float, default=0.5, help="how far other queries of an image are positives, 0 to 1")
-    add("--cal", choices=("ce", "bce", "ce+bce", "none"), default="ce", help="β-CAL: soft, hard, both, none")
-    add("--cal-weight", type=float, default=1, help="weight of β-CAL beside L_clip (the paper: 1)")
-    add("--global-negatives", action="store_true", help="β-CAL over the queries of all processes")
-    add("--sentences", type=int, default=5, help="sentence queries per image; with 0, captions still have 5")
-    add("--phrases", type=int, help="phrase queries per image, at most")
-    add("--data", default="scenes", help="scenes, sharegpt4v, or what datasets.load_dataset reads")
-    add("--columns", metavar="IMAGE,CAPTION", help="the columns of --data and --val")
-    add("--root", default="data", help="the folder that image names start from, and of the benchmarks")
-    add("--val", help="a file of images and captions to measure retrieval on")
-    add("--model", help="base, scratch, or what eval.py's --ckpt takes; its pooler is trained on")
-    add("--size", type=int, help="pixels of an image's side, where not the model's own")
-    add("--batch-size", type=int, help="images per process and micro-step")
-    add("--accum", type=int, help="micro-steps per step")
-    add("--epochs", type=float)
-    add("--max-steps", type=int, help="end after so many steps; the cosines span them")
-    add("--lr", type=float, help="peak learning rate of the backbone; 0 trains the pooler alone")
-    add("--lr-pooler", type=float, default=1e-3, help="peak learning rate of the pooler")
-    add("--wd", type=float, default=0.01, help="weight decay of matrices")
-    add("--max-norm", type=float, default=math.inf, help="clip the gradient (the recipe does not)")
-    add("--amp", choices=("bf16", "fp16", "off"), default="bf16" if torch.cuda.is_available() else "off")
-    add("--grad-checkpointing", action="store_true", help="recompute activations in the backward pass")
-    add("--compile", action="store_true", help="torch.compile the transformer layers")
-    add("--workers", type=int, help="loader processes")
-    add("--seed", type=int, default=0)
-    add("--out", help="the run's folder (default: runs/…, named by data, cal, beta and seed)")
-    add("--save-every", type=int, default=500, help="steps between checkpoints; an epoch's end makes one too")
-    add("--eval-every", type=float, default=1, help="epochs between evaluations")
-    known, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**(SCENES if known.data == "scenes" else RECIPE))
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line, by FLAGS. Raises InputError for a value out of range."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, (kind, default, text) in FLAGS.items():
+        if kind is bool:
+            parser.add_argument(f"--{name}", action="store_true", help=text)
+            continue
+        if isinstance(default, tuple):
+            text += f" (default: {default[0]} on scenes, else {default[1]})"
+        elif default is not None:
+            text += f" (default: {default})"
+        options = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        parser.add_argument(f"--{name}", default=default, help=text, **options)
     args = parser.parse_args(argv)
-    args.command = " ".join(sys.argv[1:] if argv is None else argv)
-
-    may_be_zero = {"beta", "cal_weight", "sentences", "phrases", "lr", "lr_pooler", "wd", "workers", "seed"}
     for name, value in vars(args).items():
-        high = {"beta": 1, "max_norm": math.inf}.get(name, 2**63)
-        if type(value) in (int, float) and not (0 < value <= high or value == 0 and name in may_be_zero):
-            raise data.InputError(f"--{name.replace('_', '-')} {value}: out of range")
+        if isinstance(value, tuple):
+            value = value[0] if args.data == "scenes" else value[1]
+            setattr(args, name, value)
+        highest = {"beta": 1, "max_norm": math.inf}.get(name, 2**63)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number and not (0 < value <= highest or (value == 0 and name in MAY_BE_ZERO)):
+            raise InputError(f"--{name.replace('_', '-')} {value} is out of range")
+    args.command = shlex.join(sys.argv[1:] if argv is None else argv)
+    if args.amp is None:
+        is_ampere = models.GPU_CAPABILITY >= (8, 0)
+        args.amp = "bf16" if is_ampere else "fp16" if torch.cuda.is_available() else "off"
     cal = "none" if args.cal == "none" else f"{args.cal}-beta{args.beta:g}"
     args.out = args.out or f"runs/{Path(args.data).stem}-{cal}-seed{args.seed}"
     return args
 
-# ------------------------------------------------------------------------------------------- the step
-def cosine(step, total, peak, end, warmup=0, start=0.0):
-    """Learning rate of a step, from 0 on: `start` to `peak` in `warmup` steps, then a cosine to `end`."""
-    if step < warmup:
-        return start + (peak - start) * min(1, step / max(1, warmup - 1))
-    return end + (peak - end) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
-def parameter_groups(model, wd):
-    """AdamW's groups: backbone and pooler, each with its matrices decayed and the rest not."""
-    groups = []
-    for part, module in (("backbone", model.clip), ("pooler", model.pooler)):
-        params = list(module.parameters())
-        groups.append(dict(part=part, params=[p for p in params if p.ndim >= 2], weight_decay=wd))
-        groups.append(dict(part=part, params=[p for p in params if p.ndim < 2], weight_decay=0.0))
-    return groups
-
-def train_step(net, batches, optimizer, scaler, args):
-    """One optimiser step over args.accum micro-batches, from the iterator `batches`.
-
-    Returns losses [accum, 2] (L_clip, β-CAL), the gradient's norm, and whether it is finite.
-    """
-    model = getattr(net, "module", net)
+# ---- the step ------------------------------------------------------------------------------------
+def train_step(ddp_model: nn.Module, batches: Iterator[data.Batch],
+               optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+               args: argparse.Namespace) -> tuple[Tensor, Tensor, bool]:
+    """One optimiser step on the next args.accum batches. Returns L_clip and β-CAL of each, [accum,
+    2], the gradient's norm, and whether it is finite; if it is not, no weight was changed."""
+    model = ddp_model.module if isinstance(ddp_model, DistributedDataParallel) else ddp_model
     dtype = torch.float16 if args.amp == "fp16" else torch.bfloat16
     losses = []
-    for micro in range(args.accum):
+    for micro_step in range(args.accum):
         batch = next(batches)
-        net.require_backward_grad_sync = micro == args.accum - 1  # only then does DDP exchange gradients
+        # DDP exchanges gradients in the last micro-step only
+        ddp_model.require_backward_grad_sync = micro_step == args.accum - 1
         with torch.autocast(batch.pixels.device.type, dtype, enabled=args.amp != "off"):
-            cls, text, pooled = net(batch.pixels, batch.texts, batch.owner)         # [B, D], [N, D], [N, D]
-        l_clip = clip_loss(cls, text[batch.captions], model.clip.logit_scale.exp())
+            cls, text, pooled = ddp_model(batch.pixels, batch.texts, batch.image_of_query)
+        l_clip = clip_loss(cls, text[batch.caption_index], model.clip.logit_scale.exp())
         l_cal = torch.zeros_like(l_clip)
         if args.cal != "none":
-            scale = model.pooler.logit_scale.exp()
-            l_cal = sum(beta_cal(pooled, text, batch.owner, scale, args.beta, kind, args.global_negatives)
-                        for kind in args.cal.split("+"))
-        scaler.scale((l_clip + args.cal_weight * l_cal) / args.accum).backward()
+            l_cal = beta_cal(pooled, text, batch.image_of_query, model.pooler.logit_scale.exp(),
+                             args.beta, args.cal, args.global_negatives)
+        loss = l_clip + args.cal_weight * l_cal
+        scaler.scale(loss / args.accum).backward()
         losses.append(torch.stack([l_clip, l_cal]).detach())
 
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_norm)
-    finite = bool(norm.isfinite())     # here, once a step, the host waits for the device
-    if finite or scaler.is_enabled():  # else the step changes nothing; a GradScaler sees to it itself
+    norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_norm)
+    is_finite = bool(norm.isfinite())  # here, once a step, the host waits for the GPU
+    if is_finite:
         scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
     for logit_scale in (model.clip.logit_scale, model.pooler.logit_scale):
         logit_scale.data.clamp_(0, math.log(100))
-    return torch.stack(losses), norm, finite
+    return torch.stack(losses), norm, is_finite
 
-def device_batches(loader, device):
-    """The loader's batches, on the device but for `owner`; 1 % of images, or ten, may be unreadable."""
-    unreadable, drawn = [], 0
-    for batch in loader:
+
+def cosine(step: float, total: float, peak: float, final: float, warmup: int = 0,
+           start: float = 0.0) -> float:
+    """The rate of a step: linear from `start` to `peak` in `warmup` steps, a cosine to `final`."""
+    if step < warmup:
+        return start + (peak - start) * min(1, step / max(1, warmup - 1))
+    return final + (peak - final) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+
+
+def parameter_groups(model: BetaCLIP, weight_decay: float) -> list[dict]:
+    """AdamW's groups of all that requires a gradient: the backbone, which is the clip, and the rest
+    with the pooler's learning rate; of both, matrices, which are decayed, and all else."""
+    groups = [{"part": part, "params": [], "weight_decay": decay}
+              for part in ("backbone", "pooler") for decay in (weight_decay, 0.0)]
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            number = (0 if name.startswith("clip.") else 2) + (0 if param.ndim >= 2 else 1)
+            groups[number]["params"].append(param)
+    return groups
+
+
+def device_batches(loader: DataLoader, device: torch.device) -> Iterator[data.Batch]:
+    """Yield the loader's batches, on the device. Raises InputError if the loader hangs, or if over
+    ten images, and over 1 % of those drawn, could not be read."""
+    iterator = iter(loader)
+    drawn = 0
+    errors = []
+    while True:
+        try:
+            batch = next(iterator, None)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader"):
+                raise
+            for worker in multiprocessing.active_children():
+                worker.kill()  # it would be waited for
+            raise InputError(f"{error}: the disk is slow, or /dev/shm is full (docker run "
+                             "--shm-size=8g): try fewer --workers") from error
+        if batch is None:
+            return
         drawn += len(batch.pixels)
-        for name in batch.unreadable:
-            if name not in unreadable:
-                tqdm.write(f"unreadable image, another sample is taken: {name}", file=sys.stderr)
-            unreadable.append(name)
-        if len(unreadable) > max(10, 0.01 * drawn):
-            raise data.InputError(f"{len(unreadable)} of the {drawn} images of this process were unreadable, "
-                                  "more than 1 %: see the names above, and --root")
-        batch = batch.to(device)
-        yield batch._replace(pixels=data.normalize(batch.pixels))
+        for message in sorted(set(batch.read_errors) - set(errors)):
+            tqdm.write(f"unreadable image, another is taken: {message}", file=sys.stderr)
+        errors += batch.read_errors
+        if len(errors) > max(10, 0.01 * drawn):
+            broken = len(set(errors))
+            raise InputError(f"{len(errors)} of {drawn} draws met {broken} broken images")
+        yield batch.to(device)
 
-# ------------------------------------------------------------------------------------ the run's folder
-def load_checkpoint(path, args):
-    """The state that `save_checkpoint` wrote. Raises InputError where the folder holds another run."""
-    saved = models.read(path, "args")
-    before = saved["args"]
-    changed = [f"{name} {before.get(name)} (now {value})" for name, value in vars(args).items()
-               if name not in MAY_CHANGE_ON_RESUME and before.get(name) != value]
-    if changed:
-        raise data.InputError(f"{path} is of another run, with {', '.join(changed)}: choose another --out")
-    return saved
 
-def save_checkpoint(path, state):
-    """Write beside, flush to disk, rename: at any moment there is a whole checkpoint, old or new."""
+# ---- the run's folder ----------------------------------------------------------------------------
+@dataclass
+class Progress:
+    """How far a run is, in images, so that the number of processes may change."""
+
+    total: int  # images in the whole run
+    seen: int = 0  # images so far
+    step: int = 0
+    skipped: int = 0  # steps whose gradient was not finite
+    bad_steps: int = 0  # of these, the last in a row
+    evaluate: bool = True  # whether the model is to be evaluated before the next step
+
+    def passed(self, images: float, per_step: int) -> bool:
+        """Whether the last step passed a multiple of so many images."""
+        return self.seen // images > (self.seen - per_step) // images
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write a temporary file, flush it, rename it: a whole checkpoint exists at any time."""
     temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
-        temporary.unlink(missing_ok=True)
-        raise data.InputError(f"{path} cannot be written, the last stands: {error}") from error
+    with library_call(f"{path} cannot be written, and stays as it was"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
-def log(args, **line):
-    """Append a line to log.jsonl, NaN as null. A resumed run may repeat a step: its last line counts."""
-    line = {name: None if x in (math.inf, -math.inf) or x != x else x for name, x in line.items()}
-    with open(Path(args.out, "log.jsonl"), "a") as file:
+
+def log(args: argparse.Namespace, **values: float | dict) -> None:
+    """Append a line to log.jsonl. A resumed run may log a step again: its last line counts."""
+    if rank() != 0:
+        return
+    line = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()}
+    with (library_call(f"{args.out}/log.jsonl cannot be written"),
+          open(Path(args.out, "log.jsonl"), "a", encoding="utf-8") as file):
         file.write(json.dumps(line) + "\n")
 
-def on_signals(handler, worker=None):
-    """What SIGTERM and SIGINT do from now on. A loader's `worker` ignores them: the last step needs it."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handler)
 
-# ------------------------------------------------------------------------------------------------ main
-def build(args):
-    """The model, its tokenizer and the samples that `args` name."""
-    source = BASE if args.model == "base" else args.model
-    if source == "scratch":
-        tokenizer = data.scenes_tokenizer()
-        model = models.from_scratch(tokenizer, args.size or data.SIZE)
+def say(text: str) -> None:
+    """Print a line about the run, in one process."""
+    if rank() == 0:
+        tqdm.write(text, file=sys.stderr)
+
+
+received_signals: list[tuple[int, float]] = []  # number, time
+
+
+def finish_step(signum: int, frame: object) -> None:
+    """Let the step end at a first SIGTERM or SIGINT; at another one, a second or more later (as
+    torchrun repeats each at once), end the process."""
+    if received_signals and time.monotonic() > received_signals[0][1] + 1:
+        signal.signal(signum, signal.SIG_DFL)
+        signal.raise_signal(signum)
+    received_signals.append((signum, time.monotonic()))
+
+
+def handle_signals(handler: object, worker: int | None = None) -> None:
+    """Set what SIGTERM and SIGINT do; in a worker, too."""
+    signal.signal(signal.SIGTERM, handler)
+    signal.signal(signal.SIGINT, handler)
+
+
+# ---- main ----------------------------------------------------------------------------------------
+def build(args: argparse.Namespace) -> tuple[BetaCLIP, CLIPTokenizer, data.Captions | data.Scenes]:
+    """The model that a run starts from, its tokenizer, and the training data. Raises InputError."""
+    if args.model == "scratch":
+        tokenizer = data.build_scenes_tokenizer()
+        model = models.build_small_model(tokenizer, data.PICTURE_PIXELS)
     else:
-        model, tokenizer = evaluation.load(source, args.size)
-    if model.context < 248:
-        raise data.InputError(f"--model {source}: it reads {model.context} tokens, training needs 248")
-    if evaluation.is_main() and args.cal != "none":
-        which = "its pooler is trained on" if model.has_trained_pooler else "a fresh pooler"
-        print(f"{source}: {which}", file=sys.stderr)
-    model.has_trained_pooler = args.cal != "none"
-    model.pooler.requires_grad_(model.has_trained_pooler)
-    if args.compile:
-        torch._dynamo.config.optimize_ddp = False  # which would cut a layer in two
-        model.wrap_layers(torch.compile)
+        model, tokenizer = models.load(args.model)
+    if model.context < models.CONTEXT:
+        raise InputError(f"--model {args.model}: it has {model.context} text positions, not 248")
+    pooler = "none" if args.cal == "none" else "continued" if model.use_pooler else "new"
+    say(f"model: {args.model}; pooler: {pooler}; new parameters: {model.new_parameters or 'none'}")
+    model.use_pooler = args.cal != "none"
+    model.pooler.requires_grad_(model.use_pooler)
+    if args.freeze:
+        model.freeze(args.freeze)
     if args.grad_checkpointing:
-        model.wrap_layers(lambda layer: partial(checkpoint, layer, use_reentrant=False))
+        model.call = partial(checkpoint, model.call, use_reentrant=False)
 
-    queries = (args.sentences, args.phrases if model.has_trained_pooler else 0), args.seed
+    limits = (args.sentences, args.phrases if model.use_pooler else 0)
     if args.data == "scenes":
-        return model, tokenizer, data.Scenes(model.image_size, *queries)
-    file = Path(args.root, data.SHAREGPT4V) if args.data == "sharegpt4v" else args.data
-    return model, tokenizer, data.Captions(file, args.root, model.image_size, *queries, args.columns)
+        samples = data.Scenes(model.image_size, limits, args.seed)
+    else:
+        lists = [Path(args.root, name) for name in data.SHAREGPT4V_LISTS]
+        found = next((path for path in lists if path.is_file()), lists[-1])
+        samples = data.Captions(found if args.data == "sharegpt4v" else args.data, args.root,
+                                model.image_size, limits, args.seed, args.columns)
+    say(f"data: {samples.summary}")
+    if len(samples) < args.batch_size * world_size():
+        raise InputError(f"the data has {len(samples)} rows, too few for a batch of --batch-size "
+                         f"{args.batch_size} x {world_size()} processes")
+    return model, tokenizer, samples
 
-def evaluate_and_export(model, tokenizer, benches, args, step, epoch):
-    """Measure, log, and write hf/, a model for stock transformers -> {bench: {metric: per cent}}."""
-    results = {name: evaluation.evaluate(model, tokenizer, name, args.root, args.columns) for name in benches}
+
+def load_tasks(args: argparse.Namespace) -> list[evaluation.Task]:
+    """What a run is evaluated on: built-in benchmarks or those under --root, and --val."""
+    names = evaluation.BUILT_IN if args.data == "scenes" else evaluation.find_benchmarks(args.root)
+    tasks = [evaluation.load_benchmark(name, args.root) for name in names]
+    if args.val:
+        tasks.append(evaluation.load_benchmark(args.val, args.root, args.columns))
+        is_same = os.path.realpath(args.val) == os.path.realpath(args.data) and args.val != "scenes"
+        if is_same and tasks[-1].source in ("", "train"):
+            raise InputError(f"--val {args.val}: these are the rows that are trained on")
+    say(f"evaluation: {', '.join(task.name for task in tasks) or 'none, pass --val'}")
+    return tasks
+
+
+def resume(path: Path, args: argparse.Namespace, stateful: dict, about: dict) -> Progress:
+    """Load the checkpoint, if there is one, into what has a state. Raises InputError if its run has
+    other arguments (a flag that it does not know counts as its default) or other data."""
+    per_step = args.batch_size * world_size() * args.accum
+    if not path.is_file():
+        steps = max(1, int(args.epochs * about["data"]["rows"] / per_step))
+        steps = min(steps, args.max_steps or steps)
+        say(f"run: {args.out}, {steps} steps of {per_step} images")
+        return Progress(total=steps * per_step)
+    saved = models.read_checkpoint(path, "args")
+    before = vars(parse_args(["--data", args.data])) | saved["args"]
+    changes = [f"--{name} {before.get(name)} (now {value})" for name, value in vars(args).items()
+               if name not in MAY_CHANGE_ON_RESUME and before.get(name) != value]
+    if saved.get("data", about["data"]) != about["data"]:
+        changes.append(f"other data, of {saved['data']['rows']} rows (now {about['data']['rows']})")
+    if changes:
+        raise InputError(f"{path} is of a run with {', '.join(changes)}: choose another --out")
+    for name, part in stateful.items():
+        with library_call(f"{path} does not fit the model"):
+            part.load_state_dict(saved[name])
+    progress = Progress(**{name: saved[name] for name in Progress.__annotations__ if name in saved})
+    steps = progress.step + math.ceil((progress.total - progress.seen) / per_step)
+    say(f"run: resuming {args.out} at step {progress.step} of {steps}, of {per_step} images each, "
+        f"processes: {world_size()} (before: {saved['world']})")
+    if progress.seen >= progress.total:
+        say("run: it is finished; to train again, delete it, or give another --out")
+    edited = [name for name in FILES if saved.get("code", {}).get(name) != about["code"][name]]
+    if edited:
+        say(f"run: {', '.join(edited)} changed since it was saved")
+    return progress
+
+
+def make_loader(args: argparse.Namespace, samples: data.Captions | data.Scenes,
+                tokenizer: CLIPTokenizer, seen: int, left: int) -> DataLoader:
+    """Load this process's batches of the images that are left after those that were seen."""
+    order = data.sample_order(len(samples), args.batch_size, seen, seen + left, rank(),
+                              world_size(), args.seed)
+    # a forked worker ends when its trainer does, in contrast to those of a server
+    context = "fork" if args.workers and sys.platform == "linux" else None
+    return DataLoader(
+        samples, batch_sampler=order,
+        collate_fn=partial(data.collate, tokenizer=tokenizer, captions_only=args.cal == "none"),
+        num_workers=args.workers, multiprocessing_context=context,
+        pin_memory=torch.cuda.is_available(), timeout=LOADER_TIMEOUT if args.workers else 0,
+        worker_init_fn=partial(handle_signals, signal.SIG_IGN))  # the last step needs its workers
+
+
+def evaluate_and_export(model: BetaCLIP, tokenizer: CLIPTokenizer, tasks: list[evaluation.Task],
+                        args: argparse.Namespace, progress: Progress, epoch: int) -> None:
+    """Evaluate the model, log the scores, write hf/, and at the end of the run print a table and
+    write eval.json; in one process, while the others wait. `epoch`: its length in images."""
+    if rank() == 0:
+        results = {task.name: evaluation.evaluate(model, tokenizer, task) for task in tasks}
+        log(args, step=progress.step, epoch=progress.seen / epoch, eval=results)
+        table = "\n".join(evaluation.format_table(task, {args.out: results[task.name]})
+                          for task in tasks)
+        models.export(model, tokenizer, Path(args.out, "hf"), base=args.model, results=table,
+                      command=f"python train.py {args.command}")
+        if progress.seen >= progress.total:
+            with library_call(f"{args.out}/eval.json cannot be written"):
+                Path(args.out, "eval.json").write_text(json.dumps(results), encoding="utf-8")
+            print(table)
+    barrier()
     model.train()
-    if evaluation.is_main():
-        log(args, step=step, epoch=epoch, eval=results)
-        try:
-            models.export(model, tokenizer, Path(args.out, "hf"), command=args.command,
-                          base=args.model, table=evaluation.table(results))
-        except Exception as error:  # safetensors has its own for a full disk
-            raise data.InputError(f"{args.out}/hf cannot be written: {error}") from error
-    return results
 
-@data.user_errors()
-def main(argv=None):
-    args = arguments(argv)
 
-    # ---- processes, model, data
-    device = evaluation.init_processes()
-    if args.model == "base" and not Path(BASE, "eval.json").is_file():  # which is written last
-        main(BASE_ARGUMENTS)
-    torch.manual_seed(args.seed)  # the same on every rank
-    (rank, world), path = evaluation.rank_and_world(), Path(args.out, "checkpoint.pt")
-    saved = load_checkpoint(path, args) if path.is_file() else {}
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    device = join_processes()
+    say(f"arguments: {json.dumps(vars(args))}")
+    torch.manual_seed(args.seed)  # the same weights in each process
     model, tokenizer, samples = build(args)
     model.to(device)
-    benches = ["scenes"] if args.data == "scenes" else evaluation.present(args.root)
-    benches += [args.val] if args.val else []
-    if rank == 0 and not benches:
-        print(f"nothing will be measured: no --val, no benchmark under {args.root}", file=sys.stderr)
-
-    # ---- positions are in images seen, so that the number of processes may change
-    per_step = args.batch_size * world * args.accum
-    if len(samples) < args.batch_size * world:
-        raise data.InputError(f"--batch-size {args.batch_size} x {world}: only {len(samples)} samples")
-    steps = min(max(1, int(args.epochs * len(samples) / per_step)), args.max_steps or math.inf)
-    step, seen, total = saved.get("step", 0), saved.get("seen", 0), saved.get("total", steps * per_step)
-    if saved and saved["world"] != world and rank == 0:
-        print(f"resumed on {world} processes, was {saved['world']}: a step is now {per_step} images, "
-              f"L_clip contrasts over {args.batch_size * world}", file=sys.stderr)
-
-    # ---- optimiser
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.wd), betas=(0.9, 0.98), eps=1e-8, fused=True)
+    tasks = load_tasks(args) if rank() == 0 else []
+    groups = parameter_groups(model, args.wd)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    parts = dict(model=model, optimizer=optimizer, scaler=scaler)
-    try:
-        for name, part in parts.items() if saved else ():
-            part.load_state_dict(saved[name])
-    except (RuntimeError, ValueError) as error:
-        raise data.InputError(f"--out {args.out} holds a run of another model: {error}") from error
-    net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+    stateful = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    code = {name: hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest()
+            for name in FILES}
+    about = {"args": vars(args), "world": world_size(), "code": code,
+             "data": {"rows": len(samples), "fingerprint": samples.fingerprint}}
+    path = Path(args.out, "checkpoint.pt")
+    progress = resume(path, args, stateful, about)
 
-    # ---- what is done between steps
-    def save():
-        if rank == 0:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            save_checkpoint(path, state | dict(args=vars(args), step=step, seen=seen, total=total,
-                                               world=world, evaluate=evaluate))
+    def save() -> None:
+        if rank() == 0:
+            states = {name: part.state_dict() for name, part in stateful.items()}
+            save_checkpoint(path, states | about | asdict(progress))
 
-    def crosses(epochs):
-        return seen // (epochs * len(samples)) > (seen - per_step) // (epochs * len(samples))
-
-    evaluate = saved.get("evaluate", True)  # before the first step too: what is broken shows at once
-    if not saved:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
         save()
-    del saved  # as large as model and optimiser
-
-    # ---- the loop
-    left = math.ceil((total - seen) / per_step)
-    order = data.batches(len(samples), args.batch_size, seen, seen + left * per_step, rank, world, args.seed)
-    collate = partial(data.collate, tokenizer=tokenizer, pack=models.pack, captions_only=args.cal == "none")
-    loader = DataLoader(samples, batch_sampler=order, num_workers=args.workers, collate_fn=collate,
-                        worker_init_fn=partial(on_signals, signal.SIG_IGN), pin_memory=device.type == "cuda")
-    warmup = int(args.warmup * len(samples) / per_step)
-    progress = tqdm(total=step + left, initial=step, disable=rank > 0, dynamic_ncols=True)
-    received, bad, skipped, clock, logged = [], 0, 0, time.perf_counter(), seen
-    with progress as bar, contextlib.closing(device_batches(loader, device)) as batches:  # ends its processes
+    per_step = args.batch_size * world_size() * args.accum
+    epoch = len(samples)
+    steps_left = math.ceil((progress.total - progress.seen) / per_step)
+    loader = make_loader(args, samples, tokenizer, progress.seen, steps_left * per_step)
+    ddp_model = model
+    if world_size() > 1:
+        ddp_model = DistributedDataParallel(
+            model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    total_steps = progress.total / per_step
+    warmup = min(int(args.warmup * epoch / per_step), int(total_steps / 10))
+    bar = tqdm(total=progress.step + steps_left, initial=progress.step, disable=rank() > 0)
+    received_signals.clear()
+    # closing the batches ends the loader's workers
+    with bar, contextlib.closing(device_batches(loader, device)) as batches:
         while True:
-            if evaluate:
-                on_signals(signal.SIG_DFL)  # the step is saved: this may be interrupted
-                results = evaluate_and_export(model, tokenizer, benches, args, step, seen / len(samples))
-                clock, logged = time.perf_counter(), seen
-            if seen >= total:
+            if progress.evaluate:  # this may be interrupted: a resumed run does it again
+                handle_signals(signal.SIG_DFL)
+                evaluate_and_export(model, tokenizer, tasks, args, progress, epoch)
+            if progress.seen >= progress.total:
                 break
-            on_signals(lambda number, _: received.append(number))  # a step may not
+            handle_signals(finish_step)
 
-            now, end = seen / per_step, total / per_step  # in steps
-            lr = cosine(now, end, args.lr, 1e-2 * args.lr, warmup, 1e-4 * args.lr)
-            lr_pooler = cosine(now, end, args.lr_pooler, 0.1 * args.lr_pooler)
+            step = progress.seen / per_step
+            lr = cosine(step, total_steps, args.lr, 1e-2 * args.lr, warmup, 1e-4 * args.lr)
+            lr_pooler = cosine(step, total_steps, args.lr_pooler, 0.1 * args.lr_pooler)
             for group in optimizer.param_groups:
                 group["lr"] = lr if group["part"] == "backbone" else lr_pooler
-            losses, norm, finite = train_step(net, batches, optimizer, scaler, args)
-            step, seen = step + 1, seen + per_step
+            losses, norm, is_finite = train_step(ddp_model, batches, optimizer, scaler, args)
+            progress.step += 1
+            progress.seen += per_step
+            progress.skipped += not is_finite
+            progress.bad_steps = 0 if is_finite else progress.bad_steps + 1
             bar.update()
 
-            last, stop = seen >= total, torch.tensor(max(received, default=0))
-            if world > 1:
-                dist.all_reduce(stop, dist.ReduceOp.MAX)  # a signal may reach one rank alone
-            skipped += not finite
-            bad = 0 if finite or scaler.is_enabled() else bad + 1
-            if step % LOG_EVERY == 0 or last or bad == BAD_STEPS:
-                l_clip, l_cal = evaluation.sum_over_ranks(losses.mean(0) / world).tolist()
-            if bad == BAD_STEPS:
-                raise data.InputError(f"step {step}: the gradient is not finite, {bad} steps in a row "
-                                      f"(L_clip {l_clip:g}, β-CAL {l_cal:g}): try a lower --lr")
-            if rank == 0 and (step % LOG_EVERY == 0 or last):
-                speed = (seen - logged) / (time.perf_counter() - clock)
-                clock, logged = time.perf_counter(), seen
-                bar.set_postfix_str(f"L_clip {l_clip:.3f} β-CAL {l_cal:.3f} lr {lr:.1e} {speed:.0f} img/s")
-                log(args, step=step, epoch=seen / len(samples), l_clip=l_clip, l_cal=l_cal,
-                    loss=l_clip + args.cal_weight * l_cal, scale=model.clip.logit_scale.exp().item(),
-                    pooler_scale=model.pooler.logit_scale.exp().item(), lr=lr, lr_pooler=lr_pooler,
-                    grad_norm=norm.item(), skipped=skipped, images_per_s=speed,
-                    peak_gib=torch.cuda.max_memory_allocated() / 2**30)
+            stop_signal = torch.tensor(max(received_signals, default=(0,))[0])
+            if world_size() > 1:  # a signal may reach only one process
+                dist.all_reduce(stop_signal, dist.ReduceOp.MAX)
+            is_last = progress.seen >= progress.total
+            never_finite = is_last and progress.skipped == progress.step
+            is_hopeless = never_finite or progress.bad_steps >= MAX_BAD_STEPS[args.amp]
+            if progress.step % LOG_EVERY == 0 or is_last or is_hopeless:
+                losses = losses.mean(dim=0) / world_size()
+                if world_size() > 1:
+                    dist.all_reduce(losses)
+                l_clip, l_cal = losses.tolist()
+                if is_hopeless:
+                    raise InputError(f"step {progress.step}: {progress.bad_steps} gradients were "
+                                     f"not finite (L_clip {l_clip:g}, β-CAL {l_cal:g}): lower --lr")
+                speed = per_step * (bar.format_dict["rate"] or 0)
+                bar.set_postfix_str(f"L_clip {l_clip:.3f} β-CAL {l_cal:.3f} {speed:.0f} img/s")
+                log(args, step=progress.step, epoch=progress.seen / epoch, l_clip=l_clip,
+                    l_cal=l_cal, loss=l_clip + args.cal_weight * l_cal, lr=lr, lr_pooler=lr_pooler,
+                    scale=model.clip.logit_scale.exp().item(), grad_norm=norm.item(),
+                    pooler_scale=model.pooler.logit_scale.exp().item(), skipped=progress.skipped,
+                    images_per_s=speed, peak_gib=torch.cuda.max_memory_allocated() / 2**30)
 
-            evaluate = last or crosses(args.eval_every)
-            if evaluate or stop or step % args.save_every == 0 or crosses(1):
+            progress.evaluate = is_last or progress.passed(args.eval_every * epoch, per_step)
+            is_due = progress.step % args.save_every == 0 or progress.passed(epoch, per_step)
+            if is_due or progress.evaluate or stop_signal:
                 save()
-            if stop:
-                name = signal.Signals(stop.item()).name
-                tqdm.write(f"{name}: stopped after step {step}; the same command resumes", file=sys.stderr)
-                raise SystemExit(128 + stop.item())
-    if rank == 0:
-        Path(args.out, "eval.json").write_text(json.dumps(results, indent=1) + "\n")
-        print(f"{args.out}\n{evaluation.HEADER}\n{evaluation.table(results)}")
-    evaluation.sum_over_ranks(torch.zeros(1))  # the others wait for hf/
+            if stop_signal:
+                name = signal.Signals(stop_signal.item()).name
+                say(f"{name}: stopped after step {progress.step}; the same command resumes")
+                raise SystemExit(128 + stop_signal.item())
+
 
 if __name__ == "__main__":
-    main()
+    with command_line():
+        main()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,197 +1,375 @@
 """Images and captions on disk: captions to queries, every form of data, odd and bad input."""
 
-import gzip
+import importlib.util
 import json
 import multiprocessing
+import os
+import subprocess
 import sys
+import tarfile
 from pathlib import Path
-from unittest.mock import Mock
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
+import pandas
 import pytest
 import torch
-from conftest import ROOT, picture, write
+from conftest import ROOT, SHARED, make_image, write_file
 from PIL import Image, ImageChops
-from transformers import CLIPTokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import data
 import eval as evaluation
 import model as models
 import train
 
-SHARED = ROOT.parent / "shared/data"
-NAMES, IMAGES = Path("a.json"), Path("images")  # in the working folder
+FILE = Path("a.json")  # in the working folder, as IMAGES
+IMAGES = Path("images")
 ROW = {"image": "a.png", "caption": "x"}
-FLAGS = "--data a.json --root images --batch-size 4 --phrases 0 --workers 0 --out run --model".split()
+FLAGS = ["--data", "a.json", "--root", "images", "--phrases", "0", "--workers", "0",
+         "--batch-size", "4", "--out", "run", "--model"]
+
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """A working folder, an empty cache of `datasets`, and no model of spaCy; images are not cropped."""
+    """A working folder with an image, no cache of `datasets`, no model of spaCy, and no crops."""
+    def whole_image(_, image, *args):
+        return 0, 0, image.size[1], image.size[0]
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(data.RandomResizedCrop, "get_params", lambda image, *_: (0, 0, *image.size[::-1]))
+    monkeypatch.setattr(data.RandomResizedCrop, "get_params", whole_image)
     monkeypatch.setitem(sys.modules, "en_core_web_sm", None)
-    data.parser.cache_clear()
-    picture(IMAGES / "a.png")
+    data.load_spacy.cache_clear()
+    make_image(IMAGES / "a.png")
 
-def read(source, root=IMAGES, phrases=0, sentences=5, columns=None):
+
+def read(source=FILE, root=IMAGES, sentences=5, phrases=0, columns=None):
     return data.Captions(source, root, 64, (sentences, phrases), columns=columns)
+
+
+def read_texts(source=FILE, root=IMAGES):
+    """The caption query of each sample."""
+    samples = read(source, root)
+    return [samples[0, index][1][0][0] for index in range(len(samples))]
+
+
+def write_captions(captions, path=FILE):
+    write_file(path, [ROW | {"caption": caption} for caption in captions])
+
 
 def test_sentences_golden(golden):
     for case in json.loads((golden / "sentences.json").read_text()):
-        assert data.clean(case["caption"]) == case["clean"]
+        assert data.remove_repetitions(case["caption"]) == case["clean"]
         assert data.split_sentences(case["clean"]) == case["sentences"]
 
-@pytest.mark.parametrize("file, least", [("phrases.json", 7), (SHARED / "phrases_trained.json", 44)])
-def test_phrases_are_the_authors_and_parsed_once_by_all_processes(golden, monkeypatch, file, least):
+
+@pytest.mark.parametrize("file, least", [
+    ("phrases.json", 7), (SHARED / "phrases_trained.json", 44)])
+def test_phrases_are_the_authors_and_two_processes_parse_once(golden, monkeypatch, file, least):
+    spacy = pytest.importorskip("spacy")
     if not (golden / file).exists():
         pytest.skip("no ../shared/data")
-    spacy, cases = pytest.importorskip("spacy"), json.loads((golden / file).read_text())
-    vocab, log, parses = spacy.blank("en").vocab, write(Path("log"), ""), {}
+    cases = json.loads((golden / file).read_text())
+    parses = {}  # {sentence without spaces: its tokens}
     for case in cases:
-        tokens = iter(case.get("tokens", ()))
-        parts = [[next(tokens) for _ in range(length)] for length in case.get("sentence_lengths", ())]
-        parses |= {"".join(token["text"] for token in parse): parse for parse in case.get("parsed", parts)}
+        tokens = iter(case.get("tokens", []))
+        counts = case.get("sentence_lengths", [])
+        parts = [[next(tokens) for _ in range(count)] for count in counts]
+        for parse in case.get("parsed", parts):
+            parses["".join(token["text"] for token in parse)] = parse
+    vocab = spacy.blank("en").vocab
+    num_parsed = multiprocessing.Value("i")
 
     def pipe(texts, batch_size):
         for text in texts:
-            log.write_text(log.read_text() + text + "\n")
-            parse = parses[text.replace(" ", "")]  # which says that a sentence has a full stop, and one
-            words, *columns = ([token[name] for token in parse] for name in ("text", "pos", "dep", "head"))
+            num_parsed.value += 1  # in any process
+            parse = parses[text.replace(" ", "")]  # where each sentence has one full stop
             spaces = [token.get("space", True) for token in parse]
-            yield spacy.tokens.Doc(vocab, words, spaces, **dict(zip(("pos", "deps", "heads"), columns)))
-    monkeypatch.setattr(spacy, "load", Mock(return_value=Mock(vocab=vocab, pipe=pipe)))
-    write(NAMES, [ROW | {"caption": case.get("text") or ". ".join(case["sentences"])} for case in cases])
+            words, pos, deps, heads = ([token[name] for token in parse]
+                                       for name in ("text", "pos", "dep", "head"))
+            yield spacy.tokens.Doc(vocab, words, spaces, pos=pos, deps=deps, heads=heads)
+
+    pipeline = SimpleNamespace(vocab=vocab, pipe=pipe)
+    monkeypatch.setattr(spacy, "load", lambda *args, **options: pipeline)
+    write_captions([case.get("text") or ". ".join(case["sentences"]) for case in cases])
     with multiprocessing.get_context("fork").Pool(2) as pool:
-        pool.starmap(read, [(NAMES, IMAGES, 30)] * 2, chunksize=1)
-    samples = read(NAMES, phrases=30)
-    parsed = log.read_text()
-    assert parsed.count("\n") == sum(len(captions[0]) for captions in samples.captions["sentences"])
-    same = sum([text for text, level in samples[0, index][1] if level == "phrase"] == case["phrases"]
-               for index, case in enumerate(cases))
-    assert same >= least, f"{same} of {len(cases)} lists are equal"
-    monkeypatch.setattr(data, "__file__", write(Path("data.py"), Path(data.__file__).read_text() + "#"))
-    read(NAMES, phrases=30)
-    assert log.read_text() == parsed * 2  # other code parses anew
+        pool.starmap(read, [(FILE, IMAGES, 5, 30)] * 2, chunksize=1)
+    samples = read(phrases=30)
+    assert num_parsed.value == sum(len(row[0]) for row in samples.samples["sentences"])
+    num_equal = 0
+    for index, case in enumerate(cases):
+        phrases = [text for text, level in samples[0, index][1] if level == "phrase"]
+        num_equal += phrases == case["phrases"]
+    assert num_equal >= least
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data")
-def test_curly_quotes_are_straightened_before_the_real_bpe():
-    lines = gzip.open(SHARED / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8").read().split("\n")
-    merges, letters = [tuple(line.split()) for line in lines[1:48895]], [*bytes_to_unicode().values()]
-    tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]
-    vocab = {token: number for number, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
-    texts = ["a diagram", "the dog’s “ball”", "the dog's \"ball\""]
-    diagram, curly, straight = data.tokenize(CLIPTokenizer(vocab=vocab, merges=merges), texts)
-    assert diagram == [49406, 320, 22697, 49407] and curly == straight  # as in CLIP's README
 
-@pytest.mark.parametrize("source", [
-    "a.json", "a.jsonl", "b.json", "a.parquet", "images", "hub/name/*.parquet", "hub/name"])
-def test_every_form_of_data_reads_alike(source):
-    rows = [{"image": f"{i}.jpg", "caption": f"Number {i}, an emoji 🦊. عربي"} for i in range(4)]
-    files = [picture(IMAGES / row["image"], (64, 64), seed) for seed, row in enumerate(rows)]
-    inside = [row | {"image": {"bytes": file.read_bytes()}} for row, file in zip(rows, files)]
-    table = datasets.Dataset.from_list(inside)
-    table.to_parquet("a.parquet")
-    write(NAMES, rows)
-    write(Path("b.json"), {"annotations": rows})
-    write(Path("a.jsonl"), lines := "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
-    write(IMAGES / "metadata.jsonl", lines.replace('"image"', '"file_name"'))
-    Path("hub/name").mkdir(parents=True)
+def load_copy(name, *edits):
+    """A copy of data.py, after edits (old text, new text), as a module."""
+    code = Path(data.__file__).read_text(encoding="utf-8")
+    for old, new in edits:
+        assert old in code
+        code = code.replace(old, new)
+    spec = importlib.util.spec_from_file_location(name, write_file(Path(f"{name}.py"), code))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("old, new, is_parsed_anew", [
+    ("", "", False),
+    ("# ---- images", "# A comment. ---- images", False),
+    ("HELD_OUT = 1000", "HELD_OUT = 999", False),
+    ("if phrase not in", "if phrase in", False),  # phrases are put in order at each draw
+    ("split(STOPS[0])", "split('; ')", True),
+    ("lemmatizer", "tagger", True),  # of a function whose result is cached
+    ('"nearby", ', "", True),  # of a function that this one calls
+    ("LENGTHS = (10, 5, 3)", "LENGTHS = (9, 5, 3)", True),
+    ("STOPS = ['. ']", "STOPS = ['; ']", True)])
+def test_captions_are_parsed_anew_only_if_the_code_that_does_it_changed(old, new, is_parsed_anew):
+    constants = [("in (10, 5, 3):", "in LENGTHS:"), ('split(". ")', "split(STOPS[0])"),
+                 ("# ---- images", "LENGTHS = (10, 5, 3)\nSTOPS = ['. ']\n# ---- images")]
+    before = load_copy("before", *constants)
+    after = load_copy("after", *constants, (old, new))
+    write_captions(["A red car; a dog. A cat"])
+    for module, count in ((before, 1), (after, 2 if is_parsed_anew else 1)):
+        samples = module.Captions(FILE, IMAGES, 64, (5, 0))
+        assert len(list(Path("cache").rglob("cache-*.arrow"))) == count
+    is_split_at_semicolons = samples.samples[0]["sentences"] == [["A red car", "a dog. A cat"]]
+    assert is_split_at_semicolons == ("; " in new)
+
+
+def test_a_draw_has_one_of_its_rows_captions():
+    write_captions([["A dog sits.\nA cat cat lies"], ["1", " ", "2"], [" \n"], [], None])
+    samples = read(sentences=1)
+    assert len(samples) == 2
+    draws = [samples[draw // 2, draw % 2][1] for draw in range(40)]
+    drawn = {(caption, sentence) for (caption, _), (sentence, _) in draws}
+    assert drawn == {(text, text) for text in ("A dog sits", "A cat lies", "1", "2")}
+
+
+@pytest.mark.parametrize("source, columns", [
+    ("a.json", None), ("a.jsonl", None), ("b.json", None), ("a.parquet", None), ("images", None),
+    ("hub/name/*.parquet", None), ("hub/name", None), ("a.csv", None), ("tab.csv", None),
+    ("a.tsv", None), ("a.tar", None), ("tars/*.tar", None), ("tars", "jpg,txt")])
+def test_every_form_of_data_reads_alike(source, columns):
+    captions = ["An emoji 🦊. عربي", "NA", "None", 'The "fourth", at last']
+    rows = [{"image": f"{i}.jpg", "caption": caption} for i, caption in enumerate(captions)]
+    files = [make_image(IMAGES / row["image"], (64, 64), seed) for seed, row in enumerate(rows)]
+    write_file(FILE, rows)
+    write_file(Path("b.json"), {"annotations": rows})
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    write_file(Path("a.jsonl"), lines)
+    write_file(IMAGES / "metadata.jsonl", lines.replace('"image"', '"file_name"'))
+    table = pandas.DataFrame(rows)
+    table.to_csv("a.csv", index=False)
+    table.to_csv("a.tsv", index=False, sep="\t")
+    open_clips = {"index": False, "sep": "\t", "header": ["filepath", "title"]}
+    table.to_csv("tab.csv", **open_clips, encoding="utf-8-sig")  # with a byte order mark
+    images = [{"bytes": file.read_bytes(), "path": None} for file in files]
+    stored = datasets.Dataset.from_dict({"image": images, "caption": captions})
+    stored.to_parquet("a.parquet")
+    os.makedirs("hub/name")
+    os.mkdir("tars")
     for part in range(2):
-        table.cast_column("image", datasets.Image()).shard(2, part).to_parquet(f"hub/name/{part}.parquet")
-    samples = read(source, IMAGES if "json" in source else "nowhere")
+        shard = stored.cast_column("image", datasets.Image()).shard(2, part)
+        shard.to_parquet(f"hub/name/{part}.parquet")
+    for name, part in (("a", rows), ("tars/0", rows[:2]), ("tars/1", rows[2:])):
+        with tarfile.open(f"{name}.tar", "w") as archive:
+            for row in part:
+                archive.add(IMAGES / row["image"], row["image"])
+                text = write_file(Path("text"), row["caption"])
+                archive.add(text, Path(row["image"]).with_suffix(".txt"))
+    has_names = source.endswith(("json", "jsonl", "csv", "tsv"))
+    samples = read(source, IMAGES if has_names else "nowhere", columns=columns)
     assert len(samples) == 4
-    for index, (row, file) in enumerate(zip(rows, files)):
-        pixels, queries, unreadable = samples[0, index]
-        assert queries[0] == (row["caption"], "caption") and not unreadable
+    for index, (row, file) in enumerate(zip(rows, files, strict=True)):
+        pixels, queries, read_errors = samples[0, index]
+        assert queries[0] == (row["caption"], "caption")
+        assert not read_errors
         assert np.array_equal(pixels.permute(1, 2, 0), Image.open(file))
 
-def test_sv1k_is_never_trained_on(monkeypatch):
-    monkeypatch.setattr(data, "HELD_OUT", 3)
-    answers = [[("human", "What?"), ("gpt", f"Number {i}"), ("gpt", "Another answer")] for i in range(8)]
-    talks = [[{"from": name, "value": text} for name, text in answer] for answer in answers]
-    rows = [{"image": "a.png", "conversations": talk} for talk in talks]
-    samples = read(source := write(IMAGES / data.SHAREGPT4V, rows))
-    assert [samples[0, i][1][0][0] for i in range(len(samples))] == [f"Number {i}" for i in range(3, 8)]
-    assert [text for _, [text] in evaluation.sv1k(source)] == [f"Number {i}" for i in range(3)]
 
-def test_a_draw_has_one_of_its_rows_captions_and_the_phrases_that_the_row_brings():
-    rows = (["A dog sits.\nA cat cat lies"], ["dog", "cat"]), (["1", " ", "2"], []), ([" \n"], []), ([], [])
-    write(NAMES, [ROW | {"caption": captions, "phrases": phrases} for captions, phrases in rows])
-    samples = read(NAMES, sentences=1, phrases=9)
-    assert len(samples) == 2  # without those that have no caption
-    drawn = {tuple(text for text, _ in samples[draw // 2, draw % 2][1][1:]) for draw in range(40)}
-    assert drawn == {("A dog sits", "dog", "cat"), ("A cat lies", "dog", "cat"), ("1",), ("2",)}
+def talk(*answers):
+    turns = [{"from": "human", "value": "What?"}]
+    return {"conversations": turns + [{"from": "gpt", "value": answer} for answer in answers]}
+
+
+@pytest.mark.parametrize("name", data.SHAREGPT4V_LISTS)
+def test_sv1k_is_never_trained_on(monkeypatch, name):
+    monkeypatch.setattr(data, "HELD_OUT", 3)
+    rows = [{"image": "a.png", **talk(f"Number {i}", "Another answer")} for i in range(8)]
+    path = write_file(Path("lists", name), rows)
+    os.symlink(path.absolute(), "link.json")
+    for source in (path, path.absolute(), f"images/../{path}", "link.json", "lists/*", "lists"):
+        source = f"{source}.json" if source == "lists/*" else source
+        assert read_texts(source) == [f"Number {i}" for i in range(3, 8)]
+        assert "left out: 3 of the test set SV-1k, 0 of 5" in read(source).summary
+    assert [row.texts for row in evaluation.read_sv1k(path)] == [[f"Number {i}"] for i in range(3)]
+    write_file(Path("lists/more.json"), rows)
+    for source in ("lists/*.json", "lists"):
+        with pytest.raises(data.InputError, match="SV-1k, alone"):
+            read(source)
+
+
+@pytest.mark.parametrize("values", [["text", "text"], [[{"a": 1}], [{"a": 2}]], [[["a"]], [["b"]]],
+                                    [None, None], [[], ["a"]], ["text", {"a": [1]}]])
+def test_a_caption_wins_over_a_conversation_and_other_columns_do_not_matter(values):
+    for column in ("phrases", "annotations"):
+        write_file(FILE, [ROW | talk("Yes.") | {column: value} for value in values])
+        assert read_texts() == ["x", "x"]
+
+
+def test_a_file_is_not_taken_for_a_glob():
+    write_file(Path("pairs[1].jsonl"), ROW)
+    write_file(Path("pairs1.jsonl"), ROW | {"caption": "y"})
+    assert read_texts("pairs[1].jsonl") == ["x"]
+    os.remove("pairs[1].jsonl")
+    assert read_texts("pairs[1].jsonl") == ["y"]
+
+
+def test_files_are_read_as_utf_8_whatever_the_locale_is():
+    text = "Ein großer Hund 🦊"
+    coco = {"images": [{"id": 0, "file_name": "a.jpg"}],
+            "annotations": [{"image_id": 0, "caption": text}]}
+    write_file(FILE, json.dumps([ROW | {"caption": text}], ensure_ascii=False))
+    write_file(Path("a.csv"), f"image,caption\na.png,{text}\n")
+    write_file(Path("captions_val2017.json"), json.dumps(coco, ensure_ascii=False))
+    write_file(Path("Urban1k/caption/1.txt"), text)
+    for name in ("a.png", "val2017/a.jpg", "Urban1k/image/1.jpg"):
+        make_image(Path(name))
+    code = ("import eval\nfor name in ('a.json', 'a.csv', 'coco', 'urban1k'):\n"
+            "    print(ascii(eval.load_benchmark(name, '.').rows[0].texts))")
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    output = subprocess.check_output([sys.executable, "-c", code], env=os.environ | locale | {
+        "PYTHONPATH": str(ROOT), "HF_HOME": "home"}, text=True)
+    assert output.split("\n") == [ascii([text])] * 4 + [""]
+
+
+def test_captions_are_prepared_without_sched_getaffinity(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on macOS and Windows
+    write_captions(["x"])
+    assert read_texts() == ["x"]
+
+
+def test_the_fingerprint_tells_other_data():
+    captions = [f"Number {i}" for i in range(8)]
+    write_captions(captions)
+    fingerprint = read().fingerprint
+    write_captions(captions, Path("elsewhere/b.json"))
+    assert read().fingerprint == read("elsewhere/b.json").fingerprint == fingerprint
+    for others in ([*captions[:7], "another"], captions[:4]):
+        write_captions(others)
+        assert read().fingerprint != fingerprint
+
 
 def test_odd_images_are_trained_on_right():
-    noise = Image.open(picture(IMAGES / "noise.png", (60, 50)))
-    red, indexed = noise.getchannel("R"), noise.quantize(16)
+    noise = Image.open(make_image(IMAGES / "noise.png", (60, 50)))
+    red = noise.getchannel("R")
+    indexed = noise.quantize(16)
     inks = [*ImageChops.invert(noise).split(), Image.new("L", noise.size)]
     odd = {  # name: the image, and how it looks
         "cmyk.tif": (Image.merge("CMYK", inks), noise),
-        "16 bits.png": (Image.fromarray(np.asarray(red) * np.uint16(257)), Image.merge("RGB", [red] * 3)),
-        "☺.gif": (indexed, indexed.convert("RGB")), "pixel.png": [noise.crop((0, 0, 1, 1))] * 2,
+        "16 bits.png": (Image.fromarray(np.asarray(red) * np.uint16(257)),
+                        Image.merge("RGB", [red] * 3)),
+        "☺.gif": (indexed, indexed.convert("RGB")),
+        "pixel.png": [noise.crop((0, 0, 1, 1))] * 2,
         "wide.webp": [noise.resize((9999, 9))] * 2}
     for name, (image, _) in odd.items():  # all of them animated: the first picture counts
-        image.save(IMAGES / name, save_all=True, append_images=[image.rotate(180)], lossless=True)
-    write(NAMES, [{"photo": name, "text": "x"} for name in odd])
-    samples = read(NAMES, columns="photo,text")
-    for index, (name, (_, right)) in enumerate(odd.items()):
-        pixels, _, unreadable = samples[0, index]
-        right = right.resize((64, 64), Image.Resampling.BILINEAR)
-        assert not unreadable and np.array_equal(pixels.permute(1, 2, 0), right), name
+        more = [image.rotate(180)]
+        image.save(IMAGES / name, save_all=True, append_images=more, lossless=True)
+    write_file(FILE, [{"photo": name, "text": "x"} for name in odd])
+    samples = read(columns="photo,text")
+    for index, (name, (_, expected)) in enumerate(odd.items()):
+        pixels, _, read_errors = samples[0, index]
+        expected = expected.resize((64, 64), Image.Resampling.BILINEAR)
+        assert not read_errors
+        assert np.array_equal(pixels.permute(1, 2, 0), expected), name
 
-def test_unreadable_images_are_replaced_and_named_once(tmp_path, clip, refused, capfd):
-    good = [picture(IMAGES / f"{seed}.png", seed=seed).name for seed in range(20)]
-    whole = picture(Path("outside.png")).read_bytes()  # it is there, but not under the root
-    for name, content in ("zero.jpg", b""), ("cut.png", whole[:-99]), ("page.jpg", "<html>404</html>"):
-        write(IMAGES / name, content)
-    bad = ["zero.jpg", "cut.png", "page.jpg", "gone.jpg", "nul\0.png", "long" * 999, ".", "../outside.png",
-           "a/../../outside.png", str(tmp_path / "outside.png"), "/dev/null"]
-    write(NAMES, [{"image": name, "caption": name} for name in bad + good])
-    samples = read(NAMES)
+
+def test_rows_without_an_image_or_a_caption_are_left_out_and_counted(tmp_path):
+    make_image(Path("outside.png"))
+    make_image(IMAGES / "folder/b.png")
+    inside = ["a.png", "folder/../a.png", "folder/b.png", str(tmp_path / "images/a.png")]
+    outside = ["gone.png", "gone/a.png", "nul\0.png", "long" * 999, "", ".", "../outside.png",
+               "folder/../../outside.png", str(tmp_path / "outside.png"), "/dev/null"]
+    rows = [{"image": name, "caption": name} for name in inside + outside]
+    write_file(FILE, rows + [ROW | {"caption": caption} for caption in ("", " \n", None)])
+    assert read_texts() == inside
+    assert read().summary == ("a.json: 4 rows; left out: 0 of the test set SV-1k, 10 of 17 whose "
+                              "image is not under images, 3 without a caption")
+    make_image(Path("half/folder/b.png"))
+    assert read_texts(root="half") == ["folder/b.png"]
+    assert "16 of 17 whose image is not under half" in read(root="half").summary
+    with pytest.raises(data.InputError, match="none of its 17 images .* --root no, .* a.png"):
+        read(root="no")
+
+
+def test_stored_images_may_be_unreadable_or_names_under_the_root():
+    content = make_image(Path("outside.png")).read_bytes()
+    images = [{"bytes": content, "path": None}, {"bytes": None, "path": "a.png"},
+              {"bytes": b"broken", "path": None}, {"bytes": None, "path": None}, None,
+              {"bytes": None, "path": "../outside.png"}, {"bytes": None, "path": "gone.png"}]
+    table = datasets.Dataset.from_dict({"image": images, "caption": ["x"] * 7})
+    table.to_parquet("a.parquet")
+    samples = read("a.parquet")
+    is_readable = [not samples[0, index][2] for index in range(7)]
+    assert is_readable == [True] * 2 + [False] * 5
+
+
+def test_unreadable_images_are_replaced_and_named_once(clip_folder, run_and_fail, capfd):
+    good = [make_image(IMAGES / f"{seed}.png", seed=seed).name for seed in range(20)]
+    broken = [b"", make_image(Path("b.png")).read_bytes()[:-99], b"<html>404</html>"]
+    bad = [write_file(IMAGES / f"bad{i}.jpg", broken[i % 3]).name for i in range(11)]
+    write_file(FILE, [{"image": name, "caption": name} for name in bad + good])
+    samples = read()
     for index, name in enumerate(bad + good):
-        pixels, queries, unreadable = samples[0, index]
-        assert [one.split(": ")[0] for one in unreadable][:1] == [name] * (name in bad)
-        assert queries[0][0] in good and pixels.max() > 0  # those of a sample that is taken instead
-    inside = [{"bytes": content, "path": None} for content in (b"broken", None, whole)]
-    table = datasets.Dataset.from_list([ROW | {"image": image} for image in [*inside, None]])
-    table.cast_column("image", datasets.Image()).to_parquet("a.parquet")
-    assert [len(read("a.parquet")[0, index][2]) > 0 for index in range(4)] == [True, True, False, True]
-    error = refused(train.main, *FLAGS, clip, "--batch-size", len(samples))
-    assert "of the 31 images of this process were unreadable, more than 1 %" in error and "--root" in error
-    write(NAMES, [{"image": name, "caption": name} for name in ["gone.jpg", *good[:8]]])
-    write(Path("val.json"), [ROW | {"image": "late.png"}])
-    flags = [*FLAGS, str(clip), "--max-steps", "2", "--val", "val.json", "--out", "other"]
-    assert "late.png under images: unreadable image" in refused(train.main, *flags)
+        pixels, queries, read_errors = samples[0, index]
+        assert [error.split(": ")[0] for error in read_errors][:1] == [name] * (name in bad)
+        assert queries[0][0] in good  # those of the sample that is taken instead
+        assert pixels.max() > 0
+    error = run_and_fail(train.main, *FLAGS, clip_folder, "--batch-size", 31)
+    assert "11 of 31 draws met 11 broken images" in error
+    write_file(FILE, [{"image": name, "caption": name} for name in [bad[0], *good[:8]]])
+    write_file(Path("val.json"), [ROW | {"image": "late.png"}])
+    flags = [*FLAGS, str(clip_folder), "--max-steps", "2", "--val", "val.json", "--out", "other"]
+    assert "images/late.png" in run_and_fail(train.main, *flags)
     assert not Path("other/log.jsonl").exists()  # before the first step
-    picture(IMAGES / "late.png")
+    make_image(IMAGES / "late.png")
     train.main(flags)  # goes on, and draws each image seven times
-    assert capfd.readouterr().err.count("another sample is taken: gone.jpg: ") == 1
+    assert capfd.readouterr().err.count("unreadable image, another is taken: bad0.jpg: ") == 1
     assert json.loads(Path("other/eval.json").read_text())["val.json"]["T2I R@1"] == 100
-    batch = data.Batch(torch.zeros(2000, 3, 1, 1), models.pack([[0, 1]]), *torch.zeros(3, 1), ["a"] * 20)
-    assert len(list(train.device_batches([batch], "cpu"))) == 1  # one per cent may be unreadable
-    with pytest.raises(data.InputError):
-        list(train.device_batches([batch._replace(unreadable=batch.unreadable + ["b"])], "cpu"))
+
+
+@pytest.mark.parametrize("num_images, most", [(4, 10), (2000, 20)])
+def test_ten_images_or_one_per_cent_may_be_unreadable(num_images, most):
+    pixels = torch.zeros(num_images, 3, 1, 1)
+    batch = data.Batch(pixels, models.pack([[0, 1]]), *torch.zeros(3, 1), ["a.png: broken"] * most)
+    assert len(list(train.device_batches([batch], "cpu"))) == 1
+    batch.read_errors.append("b.png: broken")
+    with pytest.raises(data.InputError, match=f"^{most + 1} of {num_images} draws met 2 broken"):
+        list(train.device_batches([batch], "cpu"))
+
 
 @pytest.mark.parametrize("content, complaint, flags", [
-    ([{"photo": "a.png", "caption": "x"}], "a.json cannot be read: no column image, but photo, caption", ""),
-    ([ROW], "no column photo or text, but image, caption", "--columns photo,text"),
-    ([ROW], "no column , but image, caption", "--columns image"),
-    ([ROW | {"image": "https://x.org/a.png"}], "'image' must hold images, or names of files, no http", ""),
-    ([ROW | {"image": ["a.png"]}], "a.json cannot be read: Cannot", ""),
-    ([ROW | {"caption": 7}], "a.json cannot be read: captions must be texts", ""),
-    ([ROW, ROW | {"caption": 7}], "texts, or lists of texts", ""),
-    *((broken, "a.json cannot be read", "") for broken in ([], "", '[{"image": "a.png", "capt')),
-    ([ROW | {"caption": " \n"}] * 9, "only 0 samples", ""),
-    ([ROW] * 3, "--batch-size 4 x 1: only 3 samples", ""),
-    ([ROW] * 2100, "python -m spacy download en_core_web_sm`, or pass --phrases 0", "--phrases 9"),
+    ([{"photo": "a.png", "caption": "x"}], "a.json has the columns photo, caption, none of", ""),
+    ([ROW], "columns image, caption, none of which are photo and text", "--columns photo,text"),
+    ([ROW], "none of which are image", "--columns image"),
+    ([ROW | {"image": "http://x.org/a.png"}], "root images, for instance http://x.org/a.png", ""),
+    ([ROW | {"image": ["a.png"]}], "a.json cannot be read: ", ""),
+    ([ROW | {"caption": 7}], "captions must be strings or lists of strings, not 7", ""),
+    ([ROW, ROW | {"caption": 7}], "strings or lists of strings", ""),
+    ([], "a.json cannot be read", ""),
+    ("", "a.json cannot be read", ""),
+    ('[{"image": "a.png", "capt', "a.json cannot be read", ""),
+    ([ROW | {"caption": " \n"}] * 9, "the data has 0 rows", ""),
+    ([ROW] * 3, "the data has 3 rows, too few for a batch of --batch-size 4 x 1", ""),
+    ([ROW] * 2100, "python -m spacy download en_core_web_sm`; or pass --phrases 0", "--phrases 9"),
     ([ROW], "no/where cannot be read", "--data no/where"),
-    ([ROW], "nowhere: no .json, .jsonl or .parquet file, no folder", "--data nowhere")])
-def test_impossible_data_ends_in_one_line(clip, refused, content, complaint, flags):
-    write(NAMES, content)
-    line = refused(train.main, *FLAGS, clip, *flags.split())
-    assert complaint in line and not line.endswith(":")  # a reason is given
+    ([ROW], "nowhere: no file (.json, ", "--data nowhere")])
+def test_impossible_data_ends_in_one_line(clip_folder, run_and_fail, content, complaint, flags):
+    write_file(FILE, content)
+    line = run_and_fail(train.main, *FLAGS, clip_folder, *flags.split())
+    assert complaint in line
+    assert not line.endswith(":")  # a reason is given
     assert not Path("run").exists()

@@ -1,17 +1,15 @@
-"""Metrics by hand; each benchmark, on a small stand-in in its real format, against stock transformers."""
+"""Metrics by hand; each benchmark, as a small stand-in in its real format, against stock
+transformers, one image and one text at a time."""
 
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
-from functools import partial
 
 import datasets
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import SHARED, change_text_config, make_image, write_file
 from PIL import Image
 from torchvision.ops import roi_align
 from transformers import CLIPModel, CLIPProcessor
@@ -19,259 +17,406 @@ from transformers import CLIPModel, CLIPProcessor
 import data
 import eval as evaluation
 import model as models
-from conftest import ROOT, new_model, picture, write
 
-SHARED = ROOT.parent / "shared" / "data"
-NAMES = ["a b.jpg", "ü.jpg", *(f"{i}.jpg" for i in range(7))]  # nine: no multiple of two ranks
+NAMES = ["a b.jpg", "ü.jpg", *(f"{i}.jpg" for i in range(7))]
+SV1K = "share-captioner_coco_lcs_sam_1246k_1107_filtered.json"
 DCI = "densely_captioned_images"
-FOLDERS = {"urban1k": "Urban1k/image", "sv1k": "sam/images", "dci": f"{DCI}/photos", "coco": "val2017",
-           "dci-short": f"{DCI}/photos", "flickr30k": "flickr30k-images"}
+FOLDERS = {"urban1k": "Urban1k/image", "sv1k": "sam/images", "coco": "val2017",
+           "dci": f"{DCI}/photos", "dci-short": f"{DCI}/photos"}
+FGOVD = {  # FG-CLIP's files, and the official ones
+    "hard": ("h_attributes_llava.jsonl", "1_attributes.json"),
+    "medium": ("m_attributes_llava.jsonl", "2_attributes.json"),
+    "easy": ("e_attributes_llava.jsonl", "3_attributes.json"),
+    "trivial": ("shuffle_negatives_llava.jsonl", "shuffle_negatives.json")}
+RECALLS = [f"{way} R@{k}" for way in ("T2I", "I2T") for k in (1, 5, 10)]
 
-def test_metrics_by_hand():
-    similarity = torch.tensor([[.9, .1, .0],   # text 0: its image first
-                               [.8, .7, .6],   # text 1: its image second
-                               [.9, .8, .1]])  # text 2: its image third
-    scores = evaluation.recall(similarity, torch.arange(3), ks=(1, 2))
-    assert scores["T2I R@1"] == pytest.approx(100 / 3) and scores["T2I R@2"] == pytest.approx(200 / 3)
-    # image 0: .9 ties with text 2's, which counts against; image 1: .8 is above .7; image 2: .6 is above .1
-    assert scores["I2T R@1"] == 0 and scores["I2T R@2"] == 100
-    several = torch.tensor([[.2, .1], [.9, .3], [.5, .4], [.1, .8]])  # two texts an image
-    assert evaluation.recall(several, torch.tensor([0, 0, 1, 1]), (1,)) == {"T2I R@1": 75, "I2T R@1": 100}
-    for score in (0., torch.nan):  # equal scores, and NaN, earn nothing
-        assert set(evaluation.recall(torch.full((20, 20), score), torch.arange(20)).values()) == {0}
-    rows = [.5, .5, .1], [.5, .6, .1], [.5, .4], [torch.nan, torch.nan]
-    assert [bool(evaluation.hit(torch.tensor(row))) for row in rows] == [True, False, True, False]
-    patches = F.one_hot(torch.arange(16), 16).float()[None]         # 4 x 4 patches, each its own direction
-    boxes = torch.tensor([[.25, .5, .25, .25], [0, 0, .5, .5]])     # patch (2, 1); the four at the top left
-    regions = evaluation.box_embeddings(patches, boxes, torch.tensor([0, 0]))
-    assert regions[0].argmax() == 9 and regions[0, 9] > .99
-    assert regions[1].topk(4).indices.sort().values.tolist() == [0, 1, 4, 5]
 
-@pytest.mark.parametrize("turn, score", [(0, 100), (1, 0)])
-def test_pointing_takes_the_mean_over_a_quarter(tiny, tokenizer, monkeypatch, turn, score):
-    drawn = [data.scene("test", index) for index in range(3)]
-    descriptions = [data.expression(thing) for scene in drawn for thing in scene["objects"]]
-    texts = evaluation.embed_texts(tiny.eval(), tokenizer, descriptions).detach().unflatten(0, (3, 4))
-    grid = torch.empty(3, 8, 8, tiny.dim)
-    for quarter, (y, x) in enumerate([(0, 0), (0, 4), (4, 0), (4, 4)]):
-        grid[:, y:y + 4, x:x + 4] = 3 * texts[:, (quarter + turn) % 4, None, None]
-        grid[:, y, x] = texts[:, (quarter + 2) % 4]  # one patch is as another quarter's
-    monkeypatch.setattr(tiny, "encode_image", lambda pixels: (None, grid.flatten(1, 2)))
-    assert evaluation.pointing(tiny, tokenizer, drawn, descriptions) == score
-
-@pytest.fixture
-def scores(tmp_path, capfd, monkeypatch):
-    """Arguments of eval.py -> what it prints, and the scores in its --json, which must be the same."""
+@pytest.fixture(autouse=True)
+def small_batches_and_own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "BATCH_SIZE", 4)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
-    def run(*argv):
-        evaluation.main([*map(str, argv), "--json", str(tmp_path / "scores.json")])
-        printed, found = capfd.readouterr().out, json.loads((tmp_path / "scores.json").read_text())
-        assert evaluation.table(found) in printed
-        return printed, found
-    return run
 
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory):
-    """All benchmarks, in their real formats -> their folder, {bench: [(image, its captions)]}."""
-    root, rng, pairs = tmp_path_factory.mktemp("data"), random.Random(0), {bench: [] for bench in FOLDERS}
-    images = [{"id": i, "file_name": name} for i, name in enumerate(NAMES)]
-    sharegpt4v, annotations, karpathy, expressions = [], [], [], []
+    """All benchmarks, in their real formats: their folder, {benchmark: [(image, its captions)]}."""
+    root = tmp_path_factory.mktemp("data")
+    rng = random.Random(0)
+    pairs = {benchmark: [] for benchmark in FOLDERS}
+    sharegpt4v = []
+    coco = {"images": [], "annotations": []}
+    all_phrases = []
     for i, name in enumerate(NAMES):
-        sentences, phrases = data.describe(data.scene("train", i))
-        long = ". ".join(sentences * 3).replace(" corner", "'s corner")  # over 248 tokens
-        texts, answer = phrases[:5 + i % 2], f"{sentences[0]}.\nA{' red' * 60} star"
-        captions = {"urban1k": [long], "sv1k": [data.clean(answer)], "dci": [long], "coco": texts,
-                    "dci-short": [f"{texts[4]}\n{long}"], "flickr30k": texts}
-        for bench, folder in FOLDERS.items():
-            side = 64 * rng.randint(1, 3)  # of all aspects, with even margins: all libraries cut them alike
+        sentences, phrases = data.describe_scene(data.make_scene("train", i))
+        phrases = data.order_phrases(phrases)
+        all_phrases += phrases
+        long_caption = ". ".join(sentences * 3).replace(" corner", "'s corner")  # over 248 tokens
+        answer = f"{sentences[0]}.\nA{' red' * 60} star"
+        captions = {"urban1k": [long_caption], "sv1k": [data.remove_repetitions(answer)],
+                    "dci": [long_caption], "dci-short": [f"{phrases[4]}\n{long_caption}"],
+                    "coco": phrases[:5]}
+        if i == 0:  # some of Urban1K's files hold an empty caption
+            captions |= {"urban1k": [""], "coco": ["", *phrases[1:5]]}
+        for benchmark, folder in FOLDERS.items():
+            # of all aspect ratios, with even margins, so that all libraries crop them alike
+            side = 64 * rng.randint(1, 3)
             size = rng.sample([side, side + side // 32 * rng.randint(0, 40)], 2)
-            pairs[bench].append((f"{folder}/{name}", captions[bench]))
-            picture(root / folder / name, size, rng.random())
-        write(root / f"Urban1k/caption/{name[:-4]}.txt", long.replace("'", "’") + "\nNo caption\n")
-        row = {"image": name, "short_caption": texts[4], "extra_caption": long}
-        write(root / DCI / f"annotations/{i}.json", row)
-        talk = [{"from": "gpt", "value": answer}]
+            make_image(root / folder / name, size, rng.random())
+            pairs[benchmark].append((f"{folder}/{name}", captions[benchmark]))
+        text = long_caption.replace("'", "’") + "\nNot a caption\n" if i else ""
+        write_file(root / f"Urban1k/caption/{name[:-4]}.txt", text)
+        row = {"image": name, "short_caption": phrases[4], "extra_caption": long_caption}
+        write_file(root / DCI / f"annotations/{i}.json", row)
+        talk = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": answer}]
         sharegpt4v.append({"image": f"sam/images/{name}", "conversations": talk})
-        annotations += [{"image_id": i, "caption": text} for text in texts]
-        raw = [{"raw": text} for text in texts]
-        karpathy.append({"filename": name, "split": "test" if i else "val", "sentences": raw})
-        expressions += phrases
-    del pairs["flickr30k"][0]  # it is of another split
-    write(root / data.SHAREGPT4V, sharegpt4v)
-    write(root / DCI / "splits.json", {"train": ["0.json"], "test": [f"{i}.json" for i in range(1, 9)]})
-    write(root / "captions_val2017.json", {"images": images, "annotations": annotations})
-    write(root / "dataset_flickr30k.json", {"images": karpathy})
-    soups = {f"{colour}_soup": [f"{colour}_soup/{i}" for i in range(4)] for colour in data.COLOURS}
-    for seed, name in enumerate(sum(soups.values(), [])):
-        picture(root / f"food-101/images/{name}.jpg", (64, 64), seed)
-    write(root / "food-101/meta/test.json", soups)
-    for file in evaluation.FGOVD.values():
-        rows = [{"img_path": f"val2017/{rng.choice(NAMES)}", "pos_expression": [rng.choice(expressions)],
-                 "neg_expression": rng.sample(expressions, rng.randint(2, 10)),
-                 "bbox": [rng.uniform(low, 25) for low in (0, 0, 3, 3)]} for _ in range(30)]
-        write(root / file, "\n".join(map(json.dumps, rows)))
-    rows = [{"image": image, "caption": text} for image, texts in pairs["coco"] for text in texts]
+        coco["images"].append({"id": i, "file_name": name})
+        for text in captions["coco"] + phrases[5:5 + i % 3]:  # of up to seven captions, five count
+            coco["annotations"].append({"image_id": i, "caption": text})
+    write_file(root / SV1K, sharegpt4v)
+    write_file(root / SV1K.replace("_filtered", ""), "The public list, which is not read")
+    splits = {"train": ["0.json"], "test": [f"{i}.json" for i in range(1, 9)]}
+    write_file(root / DCI / "splits.json", splits)
+    write_file(root / "captions_val2017.json", coco)
+    for lines, _ in FGOVD.values():
+        rows = [{"img_path": f"val2017/{rng.choice(NAMES)}",
+                 "bbox": [rng.uniform(low, 25) for low in (0, 0, 3, 3)],
+                 "pos_expression": [rng.choice(all_phrases)],
+                 "neg_expression": rng.sample(all_phrases, rng.randint(2, 10))} for _ in range(30)]
+        for row in rows[::2]:  # in a few real rows, too, the right text is also a wrong one
+            row["neg_expression"] += row["pos_expression"]
+        write_lines(root / lines, rows)
+    rows = [{"image": image, "caption": texts} for image, texts in pairs["coco"]]
+    write_file(root / "flickr30k.json", rows)
+    rows = [row | {"caption": text} for row in rows for text in row["caption"]]
     rng.shuffle(rows)
-    write(root / "pairs.jsonl", "\n".join(map(json.dumps, rows)))
-    write(root / "lists.json", [{"file": image, "texts": texts} for image, texts in pairs["coco"]])
+    write_lines(root / "docci.jsonl", rows)
     rows = [row | {"image": {"bytes": (root / row["image"]).read_bytes()}} for row in rows]
-    datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()).to_parquet(root / "pairs.parquet")
+    table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    table.rename_columns({"image": "file", "caption": "text"}).to_parquet(root / "pairs.parquet")
     return root, pairs
+
+
+def write_lines(path, rows):
+    write_file(path, "\n".join(json.dumps(row) for row in rows))
+
 
 class Stock:
     """transformers' own CLIP and processor, on one image or one text at a time."""
 
-    def __init__(self, folder, size=64):
-        self.clip, self.process = CLIPModel.from_pretrained(folder), CLIPProcessor.from_pretrained(folder)
-        self.sizes = dict(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    def __init__(self, folder):
+        self.clip = CLIPModel.from_pretrained(folder).requires_grad_(False)
+        self.processor = CLIPProcessor.from_pretrained(folder)
 
-    @torch.inference_mode()
-    def image(self, path):
-        pixels = self.process(images=Image.open(path).convert("RGB"), return_tensors="pt", **self.sizes)
-        return self.clip.get_image_features(**pixels, interpolate_pos_encoding=True).pooler_output[0]
+    def embed_image(self, path):
+        pixels = self.processor(images=Image.open(path).convert("RGB"), return_tensors="pt")
+        return self.clip.get_image_features(**pixels).pooler_output[0]
 
-    @torch.inference_mode()
-    def text(self, text):
-        ids = self.process(text=text, return_tensors="pt", truncation=True)
+    def embed_text(self, text):
+        ids = self.processor(text=text, return_tensors="pt", truncation=True)
         return self.clip.get_text_features(**ids).pooler_output[0]
 
     def recall(self, root, pairs):
-        """R@k, ranks counted in plain loops."""
-        images = torch.stack([self.image(root / image) for image, _ in pairs])
-        rows = [(own, F.cosine_similarity(self.text(text), images).tolist())
-                for own, (_, texts) in enumerate(pairs) for text in texts]
-        ranks = {"T2I": [sum(x >= row[own] for x in row) - 1 for own, row in rows], "I2T": []}
-        for image in range(len(pairs)):
-            ranked = sorted(rows, key=lambda one: (-one[1][image], one[0] == image))
-            ranks["I2T"].append([own for own, _ in ranked].index(image))
-        return pytest.approx({f"{way} R@{k}": 100 * sum(rank < k for rank in found) / len(found)
-                              for way, found in ranks.items() for k in (1, 5, 10)})
+        images = torch.stack([self.embed_image(root / image) for image, _ in pairs])
+        similarity = []
+        image_of_text = []
+        for index, (_, texts) in enumerate(pairs):
+            for text in texts:
+                similarity.append(F.cosine_similarity(self.embed_text(text), images).tolist())
+                image_of_text.append(index)
+        return count_recall(similarity, similarity, image_of_text)
 
-@pytest.mark.parametrize("flags", [*evaluation.RETRIEVAL, "coco --size 128", "pairs.jsonl", "pairs.parquet",
-                                   "lists.json --columns file,texts"])
-def test_retrieval_equals_stock_transformers(stand_ins, clip, scores, monkeypatch, flags):
-    (root, pairs), bench = stand_ins, flags.split()[0]
-    monkeypatch.chdir(root)
-    _, found = scores("--root", root, "--ckpt", clip, "--bench", *flags.split())
-    stock = Stock(clip, 128 if "128" in flags else 64)
-    assert found[bench] == stock.recall(root, pairs.get(bench, pairs["coco"]))
 
-def one_box_at_a_time(clip, root, split):
-    """FG-OVD's protocol, row by row, without any of eval.py."""
-    (model, tokenizer), good = evaluation.load(clip), []
+def count_recall(t2i, i2t, image_of_text):
+    """R@k of similarities [text][image], for either way, by ranks counted in plain loops."""
+    ranks = {"T2I": [], "I2T": []}
+    for row, own in zip(t2i, image_of_text, strict=True):
+        ranks["T2I"].append(sum(score >= row[own] for score in row) - 1)
+    for image in range(len(i2t[0])):
+        texts = sorted(zip(i2t, image_of_text, strict=True),
+                       key=lambda text: (-text[0][image], text[1] == image))
+        ranks["I2T"].append([own for _, own in texts].index(image))
+    scores = {}
+    for name in RECALLS:
+        way, k = name.split(" R@")
+        hits = sum(rank < int(k) for rank in ranks[way])
+        scores[name] = pytest.approx(100 * hits / len(ranks[way]))
+    return scores
+
+
+def fgovd_by_definition(clip_folder, root):
+    """The scores of FG-OVD, one box at a time, without any of eval.py."""
+    model, tokenizer = models.load(clip_folder)
     model.requires_grad_(False)
-    for row in map(json.loads, (root / evaluation.FGOVD[split]).read_text().splitlines()):
-        image = Image.open(root / row["img_path"]).convert("RGB")
-        grid = model.encode_image(data.normalize(data.to_pixels(image.resize((64, 64)), 64)[None]))[1]
-        x, y, w, h = row["bbox"]
-        corners = torch.tensor([[x, y, x + w, y + h]]) * 8 / torch.tensor(image.size * 2)
-        region = roi_align(grid.transpose(1, 2).unflatten(2, (8, 8)), [corners], 1, aligned=True).flatten()
-        ids = tokenizer(row["pos_expression"] + row["neg_expression"])["input_ids"]
-        scores = F.cosine_similarity(region, model.encode_text([torch.tensor(text) for text in ids]))
-        good.append(bool(scores[0] >= scores[1:].max()))
-    return pytest.approx(100 * sum(good) / len(good))
+    scores = {}
+    for difficulty, (lines, _) in FGOVD.items():
+        hits = []
+        for row in evaluation.read_json(root / lines):
+            image = Image.open(root / row["img_path"]).convert("RGB")
+            pixels = data.to_pixels(image.resize((64, 64)), 64)
+            grid = model.encode_image(pixels[None])[1].transpose(1, 2).unflatten(2, (8, 8))
+            x, y, width, height = row["bbox"]
+            box = torch.tensor([[x, y, x + width, y + height]]) * 8 / torch.tensor(image.size * 2)
+            region = roi_align(grid, [box], 1, aligned=True).flatten()
+            ids = tokenizer(row["pos_expression"] + row["neg_expression"])["input_ids"]
+            similarity = F.cosine_similarity(region, model.encode_text(models.pack(ids)))
+            hits.append(bool(similarity[0] >= similarity[1:].max()))
+        scores[difficulty] = pytest.approx(100 * sum(hits) / len(hits))
+    return scores
+
+
+def measure(clip_folder, benchmark, root, columns=None):
+    """Read a benchmark and evaluate the model in a folder on it. Returns it, scores, and table."""
+    task = evaluation.load_benchmark(str(benchmark), root, columns)
+    scores = evaluation.evaluate(*models.load(clip_folder), task)
+    return task, scores, evaluation.format_table(task, {"model": scores})
+
+
+def test_recall_by_hand():
+    similarity = torch.tensor([[.9, .1, .0],   # text 0: its image first
+                               [.8, .7, .6],   # text 1: its image second
+                               [.9, .8, .1]])  # text 2: its image third
+    # image 0: .9 ties with text 2's, which counts against it; image 1: .8 is above its .7;
+    # image 2: .6 is above its .1
+    scores = evaluation.recall(similarity, torch.arange(3), ks=(1, 2))
+    expected = {"T2I R@1": 100 / 3, "T2I R@2": 200 / 3, "I2T R@1": 0, "I2T R@2": 100}
+    assert scores == pytest.approx(expected)
+    two_texts_each = torch.tensor([[.2, .1], [.9, .3], [.5, .4], [.1, .8]])
+    scores = evaluation.recall(two_texts_each, torch.tensor([0, 0, 1, 1]), ks=(1,))
+    assert scores == {"T2I R@1": 75, "I2T R@1": 100}
+    for score in (0., torch.nan):  # equal scores, and NaN, earn nothing
+        scores = evaluation.recall(torch.full((20, 20), score), torch.arange(20))
+        assert set(scores.values()) == {0}
+
+
+@pytest.mark.parametrize("scores, accuracy", [
+    ([.5, .5, .1], 100), ([.5, .6, .1], 0), ([.5, .4], 100), ([torch.nan, torch.nan], 0)])
+def test_a_tie_counts_for_a_box(monkeypatch, scores, accuracy):
+    texts = torch.tensor(scores)[:, None]                                           # [E, D = 1]
+    batch = (range(1), [(8, 8)], None, torch.ones(1, 16, 1))
+    monkeypatch.setattr(evaluation, "embed_texts", lambda *args: texts)
+    monkeypatch.setattr(evaluation, "encode_images", lambda *args, stretch: [batch])
+    rows = [evaluation.Row(0, ["text"] * len(scores), (0, 0, 8, 8), "hard")]
+    task = evaluation.Task("fgovd", "", ["image"], rows, ())
+    assert evaluation.evaluate_fine_grained(None, None, task) == {"hard": accuracy}
+
+
+def test_boxes_by_hand():
+    patches = F.one_hot(torch.arange(16), 16).float()  # 4 x 4, each has its own direction
+    one_patch = evaluation.embed_box(patches, torch.tensor([.25, .5, .25, .25]))
+    assert one_patch[9] > .99
+    top_left = evaluation.embed_box(patches, torch.tensor([0, 0, .5, .5]))
+    assert top_left[[0, 1, 4, 5]] == pytest.approx(torch.full([4], .5))  # their mean, normalised
+
+
+@pytest.mark.parametrize("benchmark, source, reference", [
+    ("urban1k", " (Urban1k)", "CE 89.0, BCE 91.8"),
+    ("sv1k", f" ({SV1K})", "CE 93.7, BCE 94.4"),
+    ("dci", f" ({DCI})", "CE 59.9, BCE 65.1"),
+    ("dci-short", f" ({DCI})", ""), ("coco", " (captions_val2017.json)", "CE 33.2*"),
+    ("flickr30k.json", "", "CE 64.0*"), ("docci.jsonl", "", "CE 67.9*"), ("pairs.parquet", "", "")])
+def test_retrieval_equals_stock_transformers(stand_ins, clip_folder, monkeypatch, capfd, benchmark,
+                                             source, reference):
+    root, pairs = stand_ins
+    monkeypatch.chdir(root)
+    pairs = pairs.get(benchmark, pairs["coco"])
+    columns = "file,text" if benchmark == "pairs.parquet" else None
+    task, scores, table = measure(clip_folder, benchmark, root, columns)
+    assert scores == Stock(clip_folder).recall(root, pairs)
+    all_texts = [text for _, texts in pairs for text in texts]
+    texts_read = [text.replace("’", "'") for row in task.rows for text in row.texts]
+    assert sorted(texts_read) == sorted(all_texts)
+    lines = table.splitlines()
+    assert lines[0] == f"{benchmark}{source}: 9 images, {len(all_texts)} texts"
+    assert lines[2].split() == ["T2I", "R@1", f"{scores['T2I R@1']:.1f}", *reference.split()]
+    assert capfd.readouterr().err.count(f"note: 1 texts of {benchmark}") == all_texts.count("")
+
+
+@pytest.mark.parametrize("form", ["lines", "file_name", "coco_url"])
+def test_fgovd_equals_one_box_at_a_time(stand_ins, clip_folder, tmp_path, form):
+    root, _ = stand_ins
+    shutil.copytree(root / "val2017", tmp_path / "val2017")
+    images = [{"id": i, "file_name": f"val2017/{name}"} for i, name in enumerate(NAMES)]
+    if form == "coco_url":
+        for image, name in zip(images, NAMES, strict=True):
+            url = f"http://images.cocodataset.org/val2017/{name}"
+            image |= {"file_name": name, "coco_url": url}
+    for lines, official in FGOVD.values():
+        annotations = evaluation.read_json(root / lines)
+        for row in annotations:
+            row["image_id"] = NAMES.index(row.pop("img_path").removeprefix("val2017/"))
+            [row["pos_expression"]] = row["pos_expression"]
+        write_file(tmp_path / official, {"images": images, "annotations": annotations})
+    _, scores, table = measure(clip_folder, "fgovd", root if form == "lines" else tmp_path)
+    assert scores == fgovd_by_definition(clip_folder, root)
+    assert "9 images, 120 boxes" in table
+
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data")
-def test_real_annotations(clip, scores, tmp_path):
+def test_real_annotations(clip_folder, tmp_path):
     shutil.copytree(SHARED / "fgovd", tmp_path, dirs_exist_ok=True)
-    for file in evaluation.FGOVD.values():
-        for row in map(json.loads, (tmp_path / file).read_text().splitlines()):
-            picture(tmp_path / row["img_path"], (row["width"], row["height"]), row["image_id"])
+    for lines, _ in FGOVD.values():
+        for row in evaluation.read_json(tmp_path / lines):
+            make_image(tmp_path / row["img_path"], (row["width"], row["height"]), row["image_id"])
     pairs = []
-    for row in json.loads((SHARED / "urban1k_captions.json").read_text()):
-        caption = row["caption"].translate(data.QUOTES)
-        if caption.isascii():  # the scenes' tokenizer knows no other characters
-            picture(tmp_path / "Urban1k/image" / row["image"], (64, 64 + 2 * len(pairs)), len(pairs))
-            write(tmp_path / f"Urban1k/caption/{row['image'][:-4]}.txt", row["caption"] + "\n")
-            pairs.append((f"Urban1k/image/{row['image']}", [caption]))
-    printed, found = scores("--bench", "fgovd", "urban1k", "--root", tmp_path, "--ckpt", clip)
-    assert "ce 30.9, bce 20.1" in printed and "ce 89.0, bce 91.8" in printed  # the paper's, beside ours
-    assert found["fgovd"]["hard"] == one_box_at_a_time(clip, tmp_path, "hard")
-    assert found["urban1k"] == Stock(clip).recall(tmp_path, pairs)
+    for row in json.loads((SHARED / "urban1k_captions.json").read_text(encoding="utf-8")):
+        image = f"Urban1k/image/{row['image']}"
+        make_image(tmp_path / image, (64, 64 + 2 * len(pairs)), len(pairs))
+        write_file(tmp_path / f"Urban1k/caption/{row['image'][:-4]}.txt", row["caption"] + "\n")
+        pairs.append((image, [row["caption"].translate(str.maketrans(models.QUOTES))]))
+    _, scores, table = measure(clip_folder, "fgovd", tmp_path)
+    assert scores == fgovd_by_definition(clip_folder, tmp_path)
+    assert "CE 30.9, BCE 20.1" in table  # the paper's, beside ours
+    _, scores, table = measure(clip_folder, "urban1k", tmp_path)
+    assert scores == Stock(clip_folder).recall(tmp_path, pairs) and "CE 88.6, BCE 92.3" in table
 
-def test_zero_shot_averages_templates(stand_ins, clip, scores, monkeypatch):
-    monkeypatch.setattr(evaluation, "TEMPLATES", ("{}", "a blue circle, {}", "{} in the top left"))
-    (root, _), stock, names = stand_ins, Stock(clip), sorted(f"{colour}_soup" for colour in data.COLOURS)
-    embed = lambda name: torch.stack([stock.text(one.format(name)) for one in evaluation.TEMPLATES])
-    classes = [F.normalize(embed(name.replace("_", " ")), dim=1).mean(0) for name in names]
-    ranks = []
-    for path in (root / "food-101/images").rglob("*.jpg"):
-        order = F.cosine_similarity(stock.image(path), torch.stack(classes)).argsort(descending=True).tolist()
-        ranks.append(order.index(names.index(path.parent.name)))
-    _, found = scores("--bench", "food101", "--root", root, "--ckpt", clip)
-    assert found["food101"] == pytest.approx({f"top-{k}": sum(x < k for x in ranks) / .36 for k in (1, 5)})
 
-def test_fgovd_equals_one_box_at_a_time_and_two_ranks_one(stand_ins, clip, scores, tmp_path, monkeypatch):
+@pytest.mark.parametrize("file, split", [
+    ("data/{}-00000-of-00001.jsonl", "test"), ("data/{}-00000-of-00001.jsonl", "val"),
+    ("data/{}-00000-of-00001.jsonl", "dev"), ("{}.jsonl", "validation"), ("{}.jsonl", "train")])
+def test_an_evaluation_split_is_measured_if_any(stand_ins, clip_folder, tmp_path, file, split):
+    root, pairs = stand_ins
+    rows = [{"image": image, "caption": texts} for image, texts in pairs["coco"]]
+    write_lines(tmp_path / "mine" / file.format("train"), rows[:4])
+    write_lines(tmp_path / "mine" / file.format(split), rows[4:])  # (or the only split)
+    _, scores, table = measure(clip_folder, tmp_path / "mine", root)
+    assert scores == Stock(clip_folder).recall(root, pairs["coco"][4:])
+    assert table.startswith(f"{tmp_path / 'mine'} ({split}): 5 images, 25 texts\n")
+
+
+def test_two_models_are_two_columns_of_all_that_is_found_and_of_a_file(
+        stand_ins, clip_folder, tokenizer, tmp_path, monkeypatch, capfd, fast_scenes):
     root, _ = stand_ins
-    monkeypatch.setitem(data.SPLITS, "test", 40)
-    script = write(tmp_path / "run.py", "import data, eval\ndata.SPLITS['test'] = 40\neval.main()")
-    benches = ["--bench", "scenes", "fgovd", "food101", root / "lists.json", "--columns", "file,texts"]
-    printed, found = scores("--root", root, "--ckpt", clip, *benches)
-    assert found["fgovd"] == {split: one_box_at_a_time(clip, root, split) for split in evaluation.FGOVD}
-    torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2".split(), script,
-                "--root", root, "--ckpt", clip, *benches]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    two = subprocess.run(torchrun, capture_output=True, text=True, env=environment)
-    assert two.returncode == 0 and two.stdout == printed, two.stderr
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(root / "Urban1k", "Urban1k")
+    shutil.copy(root / "pairs.parquet", ".")
+    models.export(models.build_small_model(tokenizer, 64), tokenizer, tmp_path / "plain")
+    change_text_config("plain", max_position_embeddings=77)  # no pooler; positions are stretched
+    folders = [str(clip_folder), "plain"]
+    flags = "--root . --columns file,text --conditioned --json a.json --bench all pairs.parquet"
+    evaluation.main([*flags.split(), "--ckpt", *folders])
+    printed = capfd.readouterr().out
+    expected_tables = ""
+    expected_records = []
+    for benchmark in ("scenes", "urban1k", "pairs.parquet"):
+        task = evaluation.load_benchmark(benchmark, ".", "file,text")
+        alone = {folder: evaluation.evaluate(*models.load(folder), task, conditioned=True)
+                 for folder in folders}
+        expected_tables += evaluation.format_table(task, alone) + "\n"
+        for folder in folders:
+            for metric, score in alone[folder].items():
+                expected_records.append({
+                    "model": folder, "benchmark": benchmark, "split": task.source,
+                    "metric": metric, "score": score, **task.counts()})
+    assert printed == expected_tables and "chance 25.0" in printed
+    assert json.loads((tmp_path / "a.json").read_text()) == expected_records
+    lines = printed.splitlines()
+    assert lines[1].split() == ["metric", *folders, "reference"]
+    pooled = [f"pooled {name}" for name in RECALLS]
+    assert [line[:18].strip() for line in lines[2:19]] == [*FGOVD, "pointing", *RECALLS, *pooled]
+    score = alone[str(clip_folder)]["pooled T2I R@1"]  # the other model has no pooler
+    assert lines[-6].split() == ["pooled", "T2I", "R@1", f"{score:.1f}"]
 
-def test_all_runs_what_is_present_on_a_clip_of_77_positions(stand_ins, clip, scores, tmp_path, monkeypatch):
-    monkeypatch.setitem(data.SPLITS, "test", 40)
-    shutil.copytree(stand_ins[0] / "Urban1k", tmp_path / "data/Urban1k")
-    short = shutil.copytree(clip, tmp_path / "short")
-    new_model(short, max_position_embeddings=77)
-    printed, found = scores("--bench", "all", "--root", tmp_path / "data", "--ckpt", short)
-    recalls = [f"{way} R@{k}" for way in ("T2I", "I2T") for k in (1, 5, 10)]
-    assert {bench: list(metrics) for bench, metrics in found.items()} == {
-        "scenes": ["hard", "medium", "easy", "trivial", "pointing", *recalls], "urban1k": recalls}
-    rest = [f"{bench} ({file})" for bench, file in evaluation.FILES.items() if bench != "urban1k"]
-    assert printed.splitlines()[-1] == "not there: " + ", ".join(rest)
-    assert printed.startswith(f"{short} (77 text positions, stretched to 248)\n") and "chance 25" in printed
 
-def test_the_authors_model_needs_a_tokenizer(stand_ins, tokenizer, scores, refused, tmp_path, monkeypatch):
-    file = shutil.copy(ROOT / "tests/golden/authors_checkpoint.pt", tmp_path)
-    flags = ["--bench", "coco", "--root", stand_ins[0], "--ckpt", file]
-    assert "heads" in refused(evaluation.main, *flags)
-    monkeypatch.setattr(models, "load", partial(models.load, heads=4))  # its heads are no 64 wide
-    assert f"{models.OPENAI} has a tokenizer of" in refused(evaluation.main, *flags)
-    tokenizer.save_pretrained(tmp_path)
-    printed, found = scores(*flags)
-    expected = evaluation.evaluate(models.load(file), tokenizer, "coco", stand_ins[0])
-    assert found["coco"] == expected and "stretched" not in printed
+@pytest.mark.parametrize("limit", [128, 3])
+def test_conditioned_retrieval_equals_a_double_loop(stand_ins, clip_folder, monkeypatch, limit):
+    monkeypatch.setattr(evaluation, "CANDIDATES", limit)
+    model, tokenizer = models.load(clip_folder)
+    model.double().requires_grad_(False)  # in double precision, no rank hangs on rounding
+    model.pooler.mlp[2].weight *= 100  # what is pooled has different lengths
+    task = evaluation.load_benchmark("coco", stand_ins[0])
+    texts, image_of_text = evaluation.embed_captions(model, tokenizer, task.rows)
+    by_cls = texts @ evaluation.embed_images(model, task.images).T
+    t2i = by_cls.tolist()
+    i2t = by_cls.tolist()
+    for image, path in enumerate(task.images):
+        _, patches = model.encode_image(data.to_pixels(Image.open(path), 64)[None])
+        for text in range(len(texts)):
+            pooled = model.pooler(texts[text:text + 1], torch.tensor([0]), patches)
+            score = F.cosine_similarity(pooled[0], texts[text], dim=0).item()
+            better_images = (by_cls[text] > by_cls[text, image]).sum()
+            better_texts = (by_cls[:, image] > by_cls[text, image]).sum()
+            t2i[text][image] = score if better_images < limit else -torch.inf
+            i2t[text][image] = score if better_texts < limit else -torch.inf
+    expected = count_recall(t2i, i2t, image_of_text.tolist())
+    scores = evaluation.evaluate(model, tokenizer, task, conditioned=True)
+    assert {name: scores[f"pooled {name}"] for name in RECALLS} == expected
 
-def test_urban1k_is_fetched_or_asked_for(stand_ins, clip, scores, refused, tmp_path, monkeypatch):
-    (root, pairs), new = stand_ins, tmp_path / "new"
-    flags = ["--bench", "urban1k", "--root", new, "--ckpt", clip]
-    monkeypatch.setattr(evaluation, "URBAN1K", "file:///nowhere/Urban1k.zip")
-    error = refused(evaluation.main, *flags).split(": ", 1)[1]
-    assert error.startswith(f"{evaluation.URBAN1K} cannot be fetched") and f"unpack it in {new}" in error
-    archive = shutil.make_archive(tmp_path / "Urban1k", "zip", root, "Urban1k")
-    fetch = lambda url, to: shutil.unpack_archive(archive, to)
-    monkeypatch.setattr(evaluation.datasets.utils, "download_and_extract_archive", fetch)
-    assert scores(*flags)[1]["urban1k"] == Stock(clip).recall(root, pairs["urban1k"])
 
-@pytest.mark.parametrize("size", [(64, 64), (1, 1), (2000, 2)])
-def test_heatmaps_equal_their_definitions_and_have_a_row_per_model_and_kind(clip, tmp_path, size):
-    (model, tokenizer), queries = evaluation.load(clip), ["a red star", "🦊 雪", "نص عربي", "x" * 1000]
+def test_a_benchmark_is_a_reader_a_protocol_and_a_line(stand_ins, clip_folder, monkeypatch, capfd):
+    def read_swaps(path):
+        for row in evaluation.read_json(path):
+            yield evaluation.Row(row["image"], [row["caption"], *row["negatives"]])
+
+    def evaluate_swaps(model, tokenizer, task):
+        """How often, in per cent, CLS ranks the caption first."""
+        cls = evaluation.embed_images(model, task.images)
+        hits = 0
+        for row in task.rows:
+            texts = evaluation.embed_texts(model, tokenizer, row.texts)
+            hits += int((texts @ cls[row.image]).argmax() == 0)
+        return {"first": 100 * hits / len(task.rows)}
+
+    line = (("swaps.json",), read_swaps, evaluate_swaps)
+    monkeypatch.setitem(evaluation.BENCHMARKS, "swaps", line)
+    root, pairs = stand_ins
+    rows = []
+    for image, (caption,) in pairs["dci"]:
+        negatives = [text for _, (text,) in pairs["dci"] if text != caption]
+        rows.append({"image": image, "caption": caption, "negatives": negatives})
+    write_file(root / "swaps.json", rows)
+    evaluation.main(["--bench", "swaps", "--root", str(root), "--ckpt", str(clip_folder)])
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == "swaps (swaps.json): 9 images, 81 texts"
+    expected = Stock(clip_folder).recall(root, pairs["dci"])["I2T R@1"].expected
+    assert lines[2].split() == ["first", f"{expected:.1f}"]
+
+
+def test_embeddings_have_no_graph(tiny_model, tokenizer, clip_folder, tmp_path):
+    paths = [make_image(tmp_path / f"{i}.png", (64, 64), seed=i) for i in range(3)]
+    captions = ["a red star", "", "a blue circle " * 200]
+    images = evaluation.embed_images(tiny_model, paths)  # a model in training mode
+    texts = evaluation.embed_texts(tiny_model, tokenizer, captions)
+    assert not images.requires_grad and not texts.requires_grad
+    assert torch.equal(evaluation.embed_images(tiny_model, [Image.open(p) for p in paths]), images)
+    stock = Stock(clip_folder)
+    expected = [torch.stack([stock.embed_image(path) for path in paths]),
+                torch.stack([stock.embed_text(caption) for caption in captions])]
+    expected = [F.normalize(embeddings, dim=1) for embeddings in expected]
+    torch.testing.assert_close([images, texts], expected, atol=1e-5, rtol=0)
+
+
+def test_a_rotated_file_is_embedded_as_the_upright_picture(tiny_model, tmp_path):
+    upright = Image.open(make_image(tmp_path / "upright.png"))
+    rotated = upright.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the orientation: turn it by 90 degrees, clockwise
+    rotated.save(tmp_path / "rotated.png", exif=exif)
+    images = [upright, tmp_path / "rotated.png", rotated]
+    expected, embedding, unlike = evaluation.embed_images(tiny_model, images)
+    torch.testing.assert_close(embedding, expected, atol=1e-6, rtol=0)
+    assert (unlike - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("size, resized, left, top", [
+    ((64, 64), (64, 64), 0, 0), ((90, 70), (82, 64), 9, 0), ((1, 1), (64, 64), 0, 0),
+    ((2, 2000), (64, 64_000), 0, 31_968)])
+def test_heatmaps_equal_their_definitions(clip_folder, tmp_path, size, resized, left, top):
+    model, tokenizer = models.load(clip_folder)
     attn = model.requires_grad_(False).pooler.attn
-    file = picture(tmp_path / "a.png", size)
-    found = evaluation.heatmaps(model, tokenizer, Image.open(file), queries)
-    pixels = data.to_pixels(Image.open(file).resize((64, 64)), 64)
-    patches = model.encode_image(data.normalize(pixels[None]))[1][0]
-    texts = model.encode_text([torch.tensor(ids) for ids in data.tokenize(tokenizer, queries)])
-    cosine = torch.stack([F.cosine_similarity(text, patches) for text in texts]).view(4, 8, 8).numpy()
-    assert found["cosine of patches"] == pytest.approx(cosine, abs=1e-6)
-    parts = zip((texts, patches), attn.in_proj_weight.chunk(3), attn.in_proj_bias.chunk(3))
-    q, k = (F.linear(F.normalize(x, dim=1), *part).view(-1, 8, 16).transpose(0, 1) for x, *part in parts)
-    attention = (q @ k.transpose(1, 2) / 16 ** 0.5).softmax(2).mean(0).view(4, 8, 8).numpy()
-    assert found["attention of the pooler"] == pytest.approx(attention, abs=1e-6)
-    assert found["attention of the pooler"].sum((1, 2)) == pytest.approx(1)
-    model.has_trained_pooler = False  # such a model has one row
-    models.export(model, tokenizer, tmp_path / "plain")
-    flags = ["--heatmap", file, *queries, "--ckpt", clip, tmp_path / "plain", "--out", tmp_path / "heat.png"]
-    evaluation.main([*map(str, flags)])
-    sheet = Image.open(tmp_path / "heat.png")
-    assert sheet.size == (5 * (evaluation.TILE + 12), 3 * (evaluation.TILE + evaluation.LABEL))
-    drawn = sheet.crop((338, 6, 658, 326)).resize((8, 8), Image.Resampling.BOX)  # of the first query
-    red, _, blue = data.to_pixels(drawn, 8).float()  # heat is red; grey has as much blue
-    assert torch.stack([red - blue, torch.tensor(cosine[0])]).flatten(1).corrcoef()[0, 1] > .8
+    queries = ["a red star", "🦊 雪", "نص عربي", "x" * 1000]
+    image = Image.open(make_image(tmp_path / "a.png", size))
+    centre = image.resize(resized, Image.Resampling.BICUBIC).crop((left, top, left + 64, top + 64))
+    patches = model.encode_image(data.to_pixels(centre, 64)[None])[1][0]
+    texts = model.encode_text(models.pack(data.tokenize(tokenizer, queries)))
+    similarity = torch.stack([F.cosine_similarity(text, patches) for text in texts])
+    query_weight, key_weight, _ = attn.in_proj_weight.chunk(3)
+    query_bias, key_bias, _ = attn.in_proj_bias.chunk(3)
+    query = F.linear(F.normalize(texts, dim=1), query_weight, query_bias)
+    key = F.linear(F.normalize(patches, dim=1), key_weight, key_bias)
+    query, key = (x.view(-1, 8, 16).transpose(0, 1) for x in (query, key))          # 8 heads
+    attention = (query @ key.transpose(1, 2) / 16 ** 0.5).softmax(2).mean(0)
+    heatmaps = evaluation.compute_heatmaps(model, tokenizer, image, queries)
+    expected = {"similarity": similarity.view(4, 8, 8), "attention": attention.view(4, 8, 8)}
+    torch.testing.assert_close(heatmaps, expected, atol=1e-6, rtol=0)
+    model.use_pooler = False
+    assert list(evaluation.compute_heatmaps(model, tokenizer, image, queries)) == ["similarity"]

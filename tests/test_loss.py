@@ -1,139 +1,211 @@
-"""β-CAL and L_clip against the authors' numbers, a naive definition, and one process against several."""
+"""β-CAL and L_clip against the authors' numbers, two definitions, and one process of several."""
 
-import itertools
 import math
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import loss
+from loss import normalize_fp32
 
-def naive_beta_cal(visual, text, owner, scale, beta, kind):
-    """The definition, pair by pair."""
-    v, t = ([x / x.norm() for x in rows] for rows in (visual, text))
-    n, owner, total = len(v), owner.tolist(), 0
-    logit = [[scale * v[i].dot(t[j]) for j in range(n)] for i in range(n)]
-    over_texts, over_images = ([torch.stack(x).exp().sum().log() for x in y] for y in (logit, zip(*logit)))
-    for i, j in itertools.product(range(n), repeat=2):
-        same, weight = owner[i] == owner[j], 1 if i == j else beta
-        if kind == "ce" and same:
-            target = weight / (1 + beta * (owner.count(owner[i]) - 1))
-            total = total - target * (2 * logit[i][j] - over_texts[i] - over_images[j]) / (2 * n)
-        if kind == "bce":
-            total = total + (weight if same else 1) * (1 + ((-1) ** same * logit[i][j]).exp()).log()
-    return total if kind == "ce" else total / (len(set(owner)) * max(map(owner.count, owner))) ** 2
+SOFTPLUS = math.log1p(math.exp(-5))  # softplus(-5)
+ALIKE = torch.ones(2, 3)  # each softmax is uniform over two logits, each softplus is of -5
+ORTHOGONAL = torch.eye(2)  # β = 0 wants the diagonal alone, β = 1 wants all logits alike
 
-def value_of(kind, image, text, visual, owner, scale, global_negatives=False):
-    if kind == "clip":
-        return loss.clip_loss(image, text[torch.searchsorted(owner, torch.arange(len(image)))], scale)
-    return loss.beta_cal(visual, text, owner, scale, 0.4, kind, global_negatives)
+
+def dense_beta_cal(visual: Tensor, text: Tensor, image_of_query: Tensor, scale: Tensor,
+                   beta: float, form: str = "ce") -> Tensor:
+    """β-CAL as it is defined, in one process. For arguments see `beta_cal`."""
+    image_of_query = image_of_query.to(visual.device)
+    logits = scale * normalize_fp32(visual) @ normalize_fp32(text).T                # [N, N] l
+    same_image = image_of_query[:, None] == image_of_query                          # [N, N]
+    weight = (beta * same_image.to(logits)).fill_diagonal_(1)                       # [N, N] w
+    if form == "ce":
+        target = weight / weight.sum(dim=1, keepdim=True)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    pair_losses = torch.where(same_image, weight * F.softplus(-logits), F.softplus(logits))
+    queries_per_image = image_of_query.bincount()
+    return pair_losses.sum() / (len(queries_per_image) * queries_per_image.max()) ** 2
+
+
+def pairwise_beta_cal(visual, text, image_of_query, scale, beta, form):
+    """β-CAL pair by pair, without a library's losses."""
+    logits = scale * F.normalize(visual, dim=1) @ F.normalize(text, dim=1).T
+    counts = image_of_query.bincount().tolist()
+    total = 0
+    for i, image in enumerate(image_of_query.tolist()):
+        for j, other_image in enumerate(image_of_query.tolist()):
+            weight = 1 if i == j else beta if image == other_image else 0
+            if form == "ce":
+                target = weight / (1 + beta * (counts[image] - 1))
+                logsumexps = logits[i].exp().sum().log() + logits[:, j].exp().sum().log()
+                total = total + target * (logsumexps - 2 * logits[i, j])
+            elif image == other_image:
+                total = total + weight * (1 + (-logits[i, j]).exp()).log()
+            else:
+                total = total + (1 + logits[i, j].exp()).log()
+    return total / (2 * len(text) if form == "ce" else (len(counts) * max(counts)) ** 2)
+
+
+def compute_loss(name, visual, text, image_of_query, scale, global_negatives=False):
+    """β-CAL ("ce", "bce") with β = 0.4, or L_clip ("clip") of the first query of each image."""
+    if name == "clip":
+        first = torch.searchsorted(image_of_query, image_of_query.unique())
+        return loss.clip_loss(visual[first], text[first], scale)
+    return loss.beta_cal(visual, text, image_of_query, scale, 0.4, name, global_negatives)
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts operations except views, and the elements of the largest result, of all matrix
+    products, and, with saved_tensors_hooks, of what autograd keeps for the backward pass."""
+    operations = largest = in_products = saved = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.operations += not function.is_view
+        if isinstance(result, Tensor):
+            self.largest = max(self.largest, result.numel())
+            self.in_products += result.numel() * (function == torch.ops.aten.mm.default)
+        return result
+
+    def save(self, tensor):
+        self.saved += tensor.numel()
+        return tensor
+
 
 @pytest.fixture(params=[3, 1024], ids=["tiles of 3", "one tile"])
 def tiles(request, monkeypatch):
-    monkeypatch.setattr(loss, "TILE", request.param)
+    monkeypatch.setattr(loss, "ROWS_PER_TILE", request.param)
 
-def test_golden_values_and_gradients(golden, tiles):
-    clip = torch.load(golden / "clip_loss.pt", weights_only=True)
-    for case in [clip, *torch.load(golden / "beta_cal.pt", weights_only=True)]:
-        image = "image" if case is clip else "visual"
-        inputs = [torch.as_tensor(case[name]).clone().requires_grad_() for name in (image, "text", "scale")]
-        if case is clip:
-            value = loss.clip_loss(*inputs)
-        else:
-            mask, scale = case["mask"], inputs[2]
-            rows = inputs[0][mask], inputs[1][mask], mask.nonzero()[:, 0]
-            value = loss.beta_cal(*rows, scale, case["beta"], case["kind"])
-        ours = [value, *torch.autograd.grad(value, inputs)]
-        theirs = [case[name] for name in ("loss", f"grad_{image}", "grad_text", "grad_scale")]
-        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
 
-@pytest.mark.parametrize("kind", ["ce", "bce"])
+def assert_golden(case, value, inputs, names=("grad_visual", "grad_text", "grad_scale")):
+    ours = [value, *torch.autograd.grad(value, inputs, retain_graph=True)]
+    torch.testing.assert_close(ours, [case["loss"], *map(case.get, names)], atol=2e-5, rtol=0)
+
+
+def test_clip_loss_is_the_authors_and_is_cross_entropy_both_ways(golden, tiles):
+    case = torch.load(golden / "clip_loss.pt", weights_only=True)
+    inputs = [torch.as_tensor(case[name]).requires_grad_() for name in ("image", "text", "scale")]
+    value = loss.clip_loss(*inputs)
+    assert_golden(case, value, inputs, ("grad_image", "grad_text", "grad_scale"))
+    logits = case["scale"] * normalize_fp32(case["image"]) @ normalize_fp32(case["text"]).T
+    matches = torch.arange(len(logits))
+    both_ways = (F.cross_entropy(logits, matches) + F.cross_entropy(logits.T, matches)) / 2
+    torch.testing.assert_close(value, both_ways, atol=1e-6, rtol=0)
+    in_bf16 = loss.clip_loss(ORTHOGONAL.bfloat16(), ORTHOGONAL.bfloat16(), torch.tensor(5.0))
+    assert in_bf16.item() == pytest.approx(SOFTPLUS, abs=1e-6)
+
+
+@pytest.mark.parametrize("function", [loss.beta_cal, dense_beta_cal])
+def test_beta_cal_and_its_gradients_are_the_authors(golden, tiles, function):
+    for case in torch.load(golden / "beta_cal.pt", weights_only=True):
+        inputs = [torch.as_tensor(case[name]).requires_grad_()
+                  for name in ("visual", "text", "scale")]
+        mask = case["mask"]                                                         # [B, K]
+        value = function(inputs[0][mask], inputs[1][mask], mask.nonzero()[:, 0], inputs[2],
+                         case["beta"], case["kind"])
+        assert_golden(case, value, inputs)
+
+
+@pytest.mark.parametrize("form", ["ce", "bce"])
 @pytest.mark.parametrize("beta", [0, 0.3, 1])
-def test_beta_cal_equals_the_naive_definition_in_any_order_of_images(kind, beta, tiles):
+def test_beta_cal_equals_both_definitions_in_any_order_of_images(form, beta, tiles):
     torch.manual_seed(1)
-    owner, scale = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 3, 3]), torch.tensor(4.0).double().requires_grad_()
+    image_of_query = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 3, 3])
     visual, text = torch.randn(2, 10, 4, dtype=torch.float64).requires_grad_()
-    inputs = (visual, text, scale)
-    values = [f(visual, text, owner, scale, beta, kind) for f in (loss.beta_cal, naive_beta_cal)]
-    results = [[value, *torch.autograd.grad(value, inputs)] for value in values]
-    torch.testing.assert_close(*results, atol=1e-12, rtol=0)
-    assert torch.autograd.gradcheck(lambda v, t, s: loss.beta_cal(v, t, owner, s, beta, kind), inputs)
-    rows, moved = [4, 5, 6, 7, 0, 1, 2, 8, 9, 3], torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 3])
-    torch.testing.assert_close(loss.beta_cal(visual[rows], text[rows], moved, scale, beta, kind), values[0])
+    scale = torch.tensor(4.0, dtype=torch.float64, requires_grad=True)
+    arguments = (visual, text, image_of_query, scale, beta, form)
+    results = []
+    for function in (loss.beta_cal, dense_beta_cal, pairwise_beta_cal):
+        value = function(*arguments)
+        gradients = torch.autograd.grad(value, [visual, text, scale], retain_graph=True)
+        results.append([value, *gradients])
+    torch.testing.assert_close(results, results[:1] * 3, atol=1e-12, rtol=0)
+    assert torch.autograd.gradcheck(loss.beta_cal, arguments)
+    order = [4, 5, 6, 7, 0, 1, 2, 8, 9, 3]
+    reordered = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 3])
+    value = loss.beta_cal(visual[order], text[order], reordered, scale, beta, form)
+    torch.testing.assert_close(value, results[0][0])
 
-def test_values_by_hand():
-    scale, ones, eye, softplus = torch.tensor(5.0), torch.ones(2, 3), torch.eye(2), math.log1p(math.exp(-5))
-    # two queries of one image: all alike, so each softmax is uniform over 2 and each softplus is of -5; or
-    # orthogonal, each its own pooled image, where β = 0 wants the diagonal alone and β = 1 wants all alike
-    for x, kind, beta, value in [(ones, "ce", 0, math.log(2)), (ones, "ce", 1, math.log(2)),
-                                 (ones, "bce", 0, softplus / 2), (ones, "bce", 1, softplus),
-                                 (eye, "ce", 0, softplus), (eye, "ce", 1, softplus + 5 / 2)]:
-        ours = loss.beta_cal(x, x, torch.tensor([0, 0]), scale, beta, kind)
-        assert ours.item() == pytest.approx(value, abs=1e-6)
-    assert loss.clip_loss(eye.bfloat16(), eye.bfloat16(), scale).item() == pytest.approx(softplus, abs=1e-6)
 
-class Made(TorchDispatchMode):
-    """Counts operations but for views, the elements of their largest result, and those of all products."""
-    operations = largest = products = 0
+@pytest.mark.parametrize("embeddings, form, beta, expected", [
+    (ALIKE, "ce", 0, math.log(2)), (ALIKE, "bce", 0, SOFTPLUS / 2), (ORTHOGONAL, "ce", 0, SOFTPLUS),
+    (ALIKE, "ce", 1, math.log(2)), (ALIKE, "bce", 1, SOFTPLUS),
+    (ORTHOGONAL, "ce", 1, SOFTPLUS + 5 / 2)])
+def test_values_by_hand_of_two_queries_of_one_image(embeddings, form, beta, expected):
+    one_image = torch.tensor([0, 0])
+    value = loss.beta_cal(embeddings, embeddings, one_image, torch.tensor(5.0), beta, form)
+    assert value.item() == pytest.approx(expected, abs=1e-6)
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        self.operations += not function.is_view
-        if isinstance(out, torch.Tensor):
-            self.largest = max(self.largest, out.numel())
-            self.products += out.numel() * (function == torch.ops.aten.mm.default)
-        return out
 
-@pytest.mark.parametrize("kind", ["clip", "ce", "bce"])
-def test_no_square_matrix_is_made_and_no_tile_is_kept(monkeypatch, kind):
-    monkeypatch.setattr(loss, "TILE", 32)
-    (visual, text), n, kept = torch.randn(2, 512, 8).requires_grad_(), 512, []
-    with Made() as made, saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-        value_of(kind, visual, text, visual, torch.arange(n), torch.tensor(10.0)).backward()
-    assert made.largest == 32 * n and sum(kept) < n * n / 2
+def test_an_unknown_form_is_refused():
+    with pytest.raises(ValueError, match="form 'soft': choose 'ce' or 'bce'"):
+        loss.beta_cal(ALIKE, ALIKE, torch.tensor([0, 0]), torch.tensor(5.0), 0.5, form="soft")
 
-def run(rank=0, world=1, wrap=lambda net: net):
-    """{(loss, global negatives): value, gradients, elements of products} of a rank's share of images."""
-    torch.manual_seed(3)
-    net, images, queries, results = torch.nn.Linear(4, 5), torch.randn(6, 4), torch.randn(12, 4), {}
-    net.scale = torch.nn.Parameter(torch.tensor(2.0))
-    owner = torch.arange(6).repeat_interleave(torch.tensor([2, 1, 5, 1, 1, 2]))  # ragged, between ranks too
-    own = owner * world // 6 == rank
-    owner, images, queries = owner[own] - owner[own][0], images.chunk(world)[rank], queries[own]
-    wrapped = wrap(net)
-    for key in [("clip", True), ("ce", True), ("bce", True), ("ce", False), ("bce", False)]:
-        net.zero_grad()
-        image, text = wrapped(torch.cat([images, queries])).split([len(images), len(queries)])
-        visual = image[owner] + text.roll(1, 1)
-        with Made() as made:
-            value = value_of(key[0], image, text, visual, owner, net.scale.exp(), key[1])
+
+@pytest.mark.parametrize("name", ["clip", "ce", "bce"])
+def test_no_square_matrix_is_made_and_no_tile_is_kept(monkeypatch, name):
+    monkeypatch.setattr(loss, "ROWS_PER_TILE", 32)
+    visual, text = torch.randn(2, 512, 8).requires_grad_()
+    with CountOperations() as count, saved_tensors_hooks(count.save, Tensor.detach):
+        value = compute_loss(name, visual, text, torch.arange(512), torch.tensor(10.0))
         value.backward()
-        results[key] = value.item(), [p.grad.clone() for p in net.parameters()], made.products
+    assert count.largest == 32 * 512
+    assert count.saved < 512 * 512 / 2
+
+
+def train_on_share(rank, num_ranks, folder=None):
+    """A backward pass on a rank's share of six images: {(loss, global negatives): (value and
+    gradients, elements of products)}. With a folder, ranks work together, and save it there."""
+    torch.manual_seed(3)
+    image_of_query = torch.arange(6).repeat_interleave(torch.tensor([2, 1, 5, 1, 1, 2]))
+    here = image_of_query * num_ranks // 6 == rank
+    pixels = torch.randn(6, 4)[image_of_query[here]]
+    queries = torch.randn(12, 4)[here]
+    image_of_query = image_of_query[here] - image_of_query[here][0]
+    model = nn.Linear(4, 5)
+    model.scale = nn.Parameter(torch.tensor(2.0))
+    encode = model
+    if folder:
+        dist.init_process_group("gloo", f"file://{folder}/meeting", None, num_ranks, rank)
+        encode = DistributedDataParallel(model)
+    results = {}
+    for key in [("clip", True), ("ce", True), ("bce", True), ("ce", False), ("bce", False)]:
+        model.zero_grad()
+        image, text = encode(torch.cat([pixels, queries])).chunk(2)
+        with CountOperations() as count:
+            value = compute_loss(key[0], image + text.roll(1, 1), text, image_of_query,
+                                 model.scale.exp(), key[1])
+        value.backward()
+        gradients = [param.grad.flatten() for param in model.parameters()]
+        results[key] = (torch.cat([value.detach()[None], *gradients]), count.in_products)
+    if folder:
+        torch.save(results, f"{folder}/{rank}.pt")
+        dist.destroy_process_group()
     return results
 
-def one_rank(rank, world, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    torch.save(run(rank, world, DistributedDataParallel), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
-@pytest.mark.parametrize("world, queries", [(2, [8, 4]), (3, [3, 6, 3])])
-def test_ranks_equal_one_process_and_each_does_its_share(tmp_path, world, queries):
-    mp.start_processes(one_rank, (world, str(tmp_path)), world, start_method="fork")
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
-    whole, alone = run(), [run(rank, world) for rank in range(world)]
-    for key in whole:
-        values, gradients, products = map(list, zip(*(results[key] for results in ranks)))
-        if key[1]:  # the mean over ranks is the whole batch's
-            assert sum(values) / world == pytest.approx(whole[key][0], abs=1e-5)
-            theirs = whole[key][1]
-            assert products == [36 // world if key[0] == "clip" else 12 * count for count in queries]
-        else:       # each rank's value is that of its own rows
-            assert values == pytest.approx([results[key][0] for results in alone], abs=1e-5)
-            theirs = [sum(parts) / world for parts in zip(*(results[key][1] for results in alone))]
-            assert products == [count ** 2 for count in queries]
-        torch.testing.assert_close(gradients, [theirs] * world, atol=1e-5, rtol=0)
+@pytest.mark.parametrize("queries_per_rank", [[8, 4], [3, 6, 3]], ids=["2 ranks", "3 ranks"])
+def test_ranks_equal_one_process_and_each_does_its_share(tmp_path, queries_per_rank):
+    num_ranks = len(queries_per_rank)
+    mp.start_processes(train_on_share, (num_ranks, tmp_path), num_ranks, start_method="fork")
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(num_ranks)]
+    alone = [train_on_share(rank, num_ranks) for rank in range(num_ranks)]
+    for key, (whole, _) in train_on_share(0, 1).items():
+        ours = torch.stack([results[key][0] for results in ranks])      # [ranks, 1 + parameters]
+        expected = torch.stack([results[key][0] for results in alone])
+        products = [count * count for count in queries_per_rank]
+        if key[1]:  # with global negatives, the mean over ranks is the whole batch's
+            ours[:, 0] = ours[:, 0].mean()
+            expected = whole[None]
+            products = [36 // num_ranks if key[0] == "clip" else 12 * n for n in queries_per_rank]
+        expected[:, 1:] = expected[:, 1:].mean(dim=0)  # DDP's
+        torch.testing.assert_close(ours, expected.expand_as(ours), atol=1e-5, rtol=0)
+        assert [results[key][1] for results in ranks] == products

@@ -1,151 +1,268 @@
-"""The step against the authors' training, and whole runs: settings, starting points, two ranks."""
+"""The step against the authors' training, and whole runs: settings, and what is trained."""
 
 import itertools
 import json
-import re
+import os
 import shutil
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 import torch
 from conftest import ROOT
+from torch import nn
 
 import data
 import eval as evaluation
 import model as models
 import train
 
+ENCODER = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2,
+           "num_attention_heads": 2}
+TRAJECTORY = {  # the model of golden/trajectory.pt
+    "projection_dim": 16,
+    "vision_config": ENCODER | {"image_size": 32, "patch_size": 16},
+    "text_config": ENCODER | {"vocab_size": 120},
+}
+LOG_FIELDS = ["step", "epoch", "l_clip", "l_cal", "loss", "lr", "lr_pooler", "scale", "grad_norm",
+              "pooler_scale", "skipped", "images_per_s", "peak_gib"]
+TWO_STEPS = "--max-steps 2 --batch-size 8 --workers 0"
+
+
 @pytest.fixture(autouse=True)
 def each_step_is_logged(monkeypatch):
     monkeypatch.setattr(train, "LOG_EVERY", 1)
-    monkeypatch.setattr(train, "on_signals", lambda _: None)  # pytest keeps its own
+    monkeypatch.setattr(train, "handle_signals", lambda *_: None)  # pytest keeps its own
 
-def log(out):
-    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+
+def read_log(out):
+    """The lines of a run's log about steps, not about evaluations."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [line for line in lines if "eval" not in line]
 
+
 def run(out, flags="", model="scratch"):
-    train.main(f"--max-steps 2 --batch-size 8 --workers 0 --model {model} --out {out} {flags}".split())
-    return log(out)
+    """Train, two steps if the flags do not say otherwise. Returns the steps' lines of the log."""
+    train.main(f"{TWO_STEPS} --model {model} --out {out} {flags}".split())
+    return read_log(out)
 
-def changed(one, other):
-    """The parts of a model whose weights differ between two."""
-    weights = zip(one.state_dict().items(), other.state_dict().values(), strict=True)
-    return {name.split(".")[0] for (name, a), b in weights if not torch.equal(a, b)}
 
+def changed_parts(model, other, depth):
+    """The parts of a model whose weights differ from another's, such as "clip.logit_scale"."""
+    theirs = other.state_dict()
+    names = [name for name, weight in model.state_dict().items()
+             if not torch.equal(weight, theirs[name])]
+    return {".".join(name.split(".")[:depth]) for name in names}
+
+
+# ---- the step ------------------------------------------------------------------------------------
 def test_schedule_golden(golden):
     schedule = json.loads((golden / "schedule.json").read_text())
-    for name, arguments in dict(backbone=(1e-5, 1e-7, 25, 1e-9), pooler=(1e-3, 1e-4)).items():
-        ours = [train.cosine(step, 500, *arguments) for step in range(500)]
-        assert ours == pytest.approx(schedule[name], rel=1e-9)
+    backbone = [train.cosine(step, 500, 1e-5, 1e-7, 25, 1e-9) for step in range(500)]
+    pooler = [train.cosine(step, 500, 1e-3, 1e-4) for step in range(500)]
+    assert backbone == pytest.approx(schedule["backbone"], rel=1e-9)
+    assert pooler == pytest.approx(schedule["pooler"], rel=1e-9)
 
-def test_parameter_groups_hold_each_parameter_once_and_decay_matrices_only(tiny):
-    groups = train.parameter_groups(tiny, 0.01)
-    for part, module in dict(backbone=tiny.clip, pooler=tiny.pooler).items():
-        of_part = [id(p) for group in groups if group["part"] == part for p in group["params"]]
-        assert sorted(of_part) == sorted(map(id, module.parameters()))
-    assert all((p.ndim >= 2) == (group["weight_decay"] > 0) for group in groups for p in group["params"])
+
+@pytest.mark.parametrize("part, rate", [("clip", "backbone"), ("pooler", "pooler")])
+def test_parameter_groups_hold_each_parameter_once_and_decay_matrices_only(tiny_model, part, rate):
+    groups = train.parameter_groups(tiny_model, 0.01)
+    grouped = [param for group in groups if group["part"] == rate for param in group["params"]]
+    params = getattr(tiny_model, part).parameters()
+    assert sorted(id(param) for param in grouped) == sorted(id(param) for param in params)
+    for group in groups:
+        assert all((param.ndim >= 2) == (group["weight_decay"] > 0) for param in group["params"])
+
+
+def make_batch(batch):
+    """A batch of the golden file: each image has a caption, two sentences and three phrases."""
+    texts = []
+    for of_image in zip(batch["text"], batch["phrases"], strict=True):
+        for row in itertools.chain(*of_image):
+            texts.append(row[row != 0].tolist())
+    return data.Batch(
+        pixels=batch["pixels"],
+        texts=models.pack(texts),
+        image_of_query=torch.arange(3).repeat_interleave(6),
+        level=torch.tensor([0, 1, 1, 2, 2, 2]).repeat(3),
+        caption_index=torch.tensor([0, 6, 12]),
+        read_errors=[])
+
 
 @pytest.mark.parametrize("number", [0, 1], ids=["ce", "bce"])
-def test_six_steps_meet_the_authors_and_accumulation_takes_the_mean(golden, number):
+def test_six_steps_meet_the_authors(golden, monkeypatch, number):
+    monkeypatch.setitem(models.AUTHORS_CONFIGS, 32, TRAJECTORY)
     case = torch.load(golden / "trajectory.pt", weights_only=True)[number]
-    model, made = models.from_authors(case["start"], case["heads"]), []
-    args = train.arguments(f"--cal {case['kind']} --beta {case['beta']} --accum {case['accum']}".split())
-    optimizer = torch.optim.AdamW(train.parameter_groups(model, case["wd"]), betas=(0.9, 0.98), eps=1e-8)
-    scaler, owner = torch.amp.GradScaler("cpu", enabled=False), torch.arange(3).repeat_interleave(6)
-    for batch in case["batches"]:
-        rows = [row for image in zip(batch["text"], batch["phrases"]) for level in image for row in level]
-        texts = models.pack([row[:(row != 0).sum()].tolist() for row in rows])
-        made.append(data.Batch(batch["pixels"], texts, owner, None, torch.arange(0, 18, 6), []))
-    losses, batches = [], iter(made)
+    flags = f"--cal {case['kind']} --beta {case['beta']} --accum {case['accum']}"
+    args = train.parse_args(flags.split())
+    model = models.from_authors(case["start"])
+    groups = train.parameter_groups(model, case["wd"])
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-8)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    batches = (make_batch(batch) for batch in case["batches"])
+    losses = []
     for lr, lr_pooler in zip(case["lrs"], case["lrs_pooler"], strict=True):
-        for group in optimizer.param_groups:
+        for group in groups:
             group["lr"] = lr if group["part"] == "backbone" else lr_pooler
-        losses += train.train_step(model, batches, optimizer, scaler, args)[0].tolist()
+        of_step, _, _ = train.train_step(model, batches, optimizer, scaler, args)
+        losses += of_step.tolist()
     assert losses == [pytest.approx(theirs, abs=2e-5) for theirs in case["losses"]]
-    still, same, norms = torch.optim.SGD(model.parameters(), lr=0), itertools.repeat(made[0]), []
-    for accum in (1, 3):
-        args.accum = accum
-        norms.append(train.train_step(model, same, still, scaler, args)[1].item())
+
+
+@pytest.fixture
+def same_batch(tokenizer):
+    """An endless iterator of the same four scenes."""
+    scenes = data.Scenes(data.PICTURE_PIXELS, limits=(5, 8))
+    return itertools.repeat(data.collate([scenes[0, index] for index in range(4)], tokenizer))
+
+
+def test_accumulation_takes_the_mean(tiny_model, same_batch):
+    optimizer = torch.optim.SGD(tiny_model.parameters(), lr=0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    norms = []
+    for accum in ("1", "3"):
+        args = train.parse_args(["--accum", accum])
+        _, norm, _ = train.train_step(tiny_model, same_batch, optimizer, scaler, args)
+        norms.append(norm.item())
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
-def test_thirty_steps_lower_the_loss_and_eval_prints_the_table_of_training(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(data.SPLITS, "test", 80)
-    lines = run(tmp_path, "--max-steps 30 --batch-size 16 --sentences 2 --phrases 2")
-    assert sum(line["loss"] for line in lines[-5:]) < 0.95 * sum(line["loss"] for line in lines[:5])
-    printed = capsys.readouterr().out
+
+@pytest.mark.parametrize("with_scaler", [False, True])
+def test_a_finite_gradient_whose_norm_overflows_changes_nothing(
+        tiny_model, same_batch, with_scaler):
+    args = train.parse_args([])
+    optimizer = torch.optim.AdamW(train.parameter_groups(tiny_model, 0.01), lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0, enabled=with_scaler)
+    weight = tiny_model.pooler.attn.in_proj_weight
+    weight.register_hook(lambda gradient: torch.full_like(gradient, 1e38))
+    before = [param.clone() for param in tiny_model.parameters()]
+    _, norm, is_finite = train.train_step(tiny_model, same_batch, optimizer, scaler, args)
+    assert norm == torch.inf and not is_finite
+    torch.testing.assert_close(list(tiny_model.parameters()), before, atol=0, rtol=0)
+
+
+# ---- whole runs ----------------------------------------------------------------------------------
+def test_forty_steps_lower_the_loss_and_eval_prints_the_table_of_training(
+        tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(data.NUM_SCENES, "test", 40)
+    flags = "--max-steps 40 --sentences 2 --phrases 2"
+    lines = run(tmp_path, flags)
+    assert all(list(line) == LOG_FIELDS for line in lines)
+    losses = [line["loss"] for line in lines]
+    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
+    table = capsys.readouterr().out
+    assert len(table.splitlines()) > 10
+    card = (tmp_path / "hf/README.md").read_text()
+    assert f"{flags}`. Results" in card and table in card
     evaluation.main(["--ckpt", str(tmp_path), "--json", str(tmp_path / "scores.json")])
-    assert capsys.readouterr().out == printed and len(printed.splitlines()) > 10
-    scores, same = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("scores", "eval"))
-    assert scores == same == json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["eval"]
+    assert capsys.readouterr().out == table
+    records = json.loads((tmp_path / "scores.json").read_text())
+    results = json.loads((tmp_path / "eval.json").read_text())
+    assert {record["metric"]: record["score"] for record in records} == results["scenes"]
+    last_line = (tmp_path / "log.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last_line)["eval"] == results
 
-@pytest.mark.parametrize("flags", ["--cal none", "--cal bce --amp bf16 --accum 2", "--amp fp16 --size 32",
-                                   "--phrases 0 --grad-checkpointing", "--sentences 0 --max-norm 1"])
-def test_other_settings_train(tmp_path, clip, flags, quick):
-    assert all(0 < line["loss"] < 20 for line in run(tmp_path, flags, clip))
-    for model in (models.load(tmp_path), models.load(tmp_path / "hf")):
-        assert model.has_trained_pooler == ("none" not in flags)
-        assert model.image_size == (32 if "size" in flags else 64)
 
-def test_beta_cal_without_weight_is_no_beta_cal(tmp_path, quick):
-    none, zero = (run(tmp_path / flags[-1], flags) for flags in ("--cal none", "--cal-weight 0"))
-    assert [line["loss"] for line in zero] == pytest.approx([line["loss"] for line in none], abs=1e-5)
+@pytest.mark.parametrize("flags", [
+    "--cal none", "--cal bce --amp bf16 --accum 2", "--amp fp16",
+    "--phrases 0 --grad-checkpointing", "--sentences 0 --max-norm 1"])
+def test_other_settings_train(tmp_path, clip_folder, fast_scenes, flags):
+    lines = run(tmp_path, flags, clip_folder)
+    assert all(0 < line["loss"] < 20 for line in lines)
+    for source in (tmp_path, tmp_path / "hf"):
+        model, _ = models.load(source)
+        assert model.use_pooler == ("none" not in flags)
+        assert model.image_size == 64
 
-def test_two_ranks_equal_one_process_with_the_whole_batch(tmp_path, quick):
-    driver = """import sys, train
-train.LOG_EVERY, train.evaluation.scenes = 1, lambda *_: {}
-for flags in sys.argv[1:]:
-    train.main(flags.split())"""
-    flags = {"none": "--cal none", "ce": "--cal ce --global-negatives"}
-    common = f"--model scratch --max-steps 3 --batch-size 8 --workers 0 --out {tmp_path}"
-    two = [f"{common}/{name}-2 {more}" for name, more in flags.items()]
-    torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2 --no-python".split()
-    subprocess.run([sys.executable, *torchrun, sys.executable, "-c", driver, *two], cwd=ROOT, check=True)
-    for name, more in flags.items():
-        run(tmp_path / name, f"{more} --max-steps 3 --batch-size 16")
-        runs = tmp_path / name, tmp_path / f"{name}-2"
-        losses = [[(line["l_clip"], line["l_cal"]) for line in log(out)] for out in runs]
-        read = lambda out: models.read(out / "checkpoint.pt", "optimizer")["optimizer"]["state"]
-        moments = [read(out) for out in runs]  # Adam's
-        torch.testing.assert_close(*losses, atol=1e-5, rtol=0)
-        torch.testing.assert_close(*moments, atol=1e-5, rtol=0)
 
+@pytest.mark.parametrize("flags", ["", "--sentences 2"])
+def test_beta_cal_without_weight_is_no_beta_cal(tmp_path, fast_scenes, flags):
+    none = run(tmp_path / "none", f"--cal none {flags}")
+    zero = run(tmp_path / "zero", f"--cal-weight 0 {flags}")
+    losses = [line["loss"] for line in none]
+    assert [line["loss"] for line in zero] == pytest.approx(losses, abs=1e-5)
+
+
+# ---- what is trained, and how fast ---------------------------------------------------------------
 @pytest.mark.parametrize("source", ["run", "run/hf", "clip/authors.pt", "clip"])
-def test_a_trained_pooler_goes_on_and_lr_0_trains_it_alone(tmp_path, golden, clip, source, quick,
-                                                           monkeypatch, capsys):
-    monkeypatch.setattr(models, "load", partial(models.load, heads=4))
-    start, fresh = tmp_path / source, source == "clip"
+def test_a_trained_pooler_is_continued_and_lr_0_trains_it_alone(
+        tmp_path, golden, clip_folder, source, fast_scenes, authors_tiny, capsys):
+    start = tmp_path / source
     if source.startswith("run"):
         run(tmp_path / "run")
     else:
-        shutil.copytree(clip, tmp_path / "clip", ignore=shutil.ignore_patterns("pooler*"))
-        shutil.copy(golden / "authors_checkpoint.pt", tmp_path / "clip/authors.pt")  # beside a tokenizer
-    before = models.load(start)
-    for out, lr_pooler in ("still", 0), ("moved", 0.1):
-        run(tmp_path / out, f"--lr 0 --lr-pooler {lr_pooler}", start)
-        said = capsys.readouterr().err
-        assert f"{start}: {'a fresh pooler' if fresh else 'its pooler is trained on'}" in said
-        assert changed(before, models.load(tmp_path / out)) == ({"pooler"} if fresh or lr_pooler else set())
+        ignore = shutil.ignore_patterns("pooler*")
+        shutil.copytree(clip_folder, tmp_path / "clip", ignore=ignore)
+        shutil.copy(golden / "authors_checkpoint.pt", tmp_path / "clip/authors.pt")
+    before, _ = models.load(start)
+    pooler = "new" if source == "clip" else "continued"
+    for lr_pooler in (0, 0.1):
+        out = tmp_path / f"out-{lr_pooler}"
+        run(out, f"--lr 0 --lr-pooler {lr_pooler}", start)
+        assert f"model: {start}; pooler: {pooler};" in capsys.readouterr().err
+        after, _ = models.load(out)
+        is_changed = pooler == "new" or lr_pooler > 0
+        assert changed_parts(after, before, 1) == ({"pooler"} if is_changed else set())
 
-def test_the_scenes_start_from_a_base_that_is_trained_once(tmp_path, quick, monkeypatch):
-    base, few = tmp_path / "base", "--max-steps 1 --batch-size 8 --workers 0"
-    monkeypatch.setattr(train, "BASE", str(base))
-    monkeypatch.setattr(train, "BASE_ARGUMENTS", [*train.BASE_ARGUMENTS, *few.split(), "--out", str(base)])
-    for name in ("first", "second"):
-        run(tmp_path / name, "--lr 0", "base")
-        assert changed(models.load(base), models.load(tmp_path / name)) == {"pooler"}
-        assert len((base / "log.jsonl").read_text().splitlines()) == 3  # a step between two evaluations
-    arguments = models.read(base / "checkpoint.pt", "args")["args"]
-    assert (arguments["cal"], arguments["sentences"], arguments["model"]) == ("none", 1, "scratch")
 
-def test_the_snippets_of_the_model_card_run(tmp_path, quick, capsys):
-    run(tmp_path)
-    card = (tmp_path / "hf/README.md").read_text()
-    assert "hard" in card and f"--out {tmp_path}" in card and "base_model" not in card
-    snippets = re.findall("```python\n(.*?)```", card, re.DOTALL)
-    capsys.readouterr()
-    for snippet in snippets:
-        exec(snippet, {})
-    assert len(snippets) == 3 and capsys.readouterr().out.count("torch.Size") == 2
+@pytest.mark.parametrize("encoder, frozen", [
+    ("image", {"clip.vision_model", "clip.visual_projection"}),
+    ("text", {"clip.text_model", "clip.text_projection"})])
+def test_a_frozen_encoder_keeps_its_weights(tmp_path, clip_folder, fast_scenes, encoder, frozen):
+    run(tmp_path, f"--freeze {encoder}", clip_folder)
+    before, _ = models.load(clip_folder)
+    after, _ = models.load(tmp_path)
+    names = [".".join(name.split(".")[:2]) for name, _ in before.named_parameters()]
+    assert changed_parts(after, before, 2) == set(names) - frozen
+    optimizer = models.read_checkpoint(tmp_path / "checkpoint.pt", "optimizer")["optimizer"]
+    assert len(optimizer["state"]) == sum(name not in frozen for name in names)
+
+
+class ModelWithShift(models.BetaCLIP):
+    """An edit of the model: a learned vector is added to what queries pool."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.shift = nn.Parameter(torch.zeros(128))
+
+    def forward(self, *args):
+        cls, text, pooled = super().forward(*args)
+        return cls, text, pooled + self.shift
+
+
+def test_a_new_parameter_is_named_trained_with_the_pooler_and_saved(
+        tmp_path, clip_folder, fast_scenes, monkeypatch, capsys):
+    monkeypatch.setattr(models, "BetaCLIP", ModelWithShift)
+    run(tmp_path, "--lr 0", clip_folder)
+    assert "new parameters: ['shift']" in capsys.readouterr().err
+    model, _ = models.load(tmp_path)
+    assert model.shift.abs().min() > 0 and not model.new_parameters
+    groups = train.parameter_groups(model, 0.01)
+    [part] = [group["part"] for group in groups if any(p is model.shift for p in group["params"])]
+    assert part == "pooler"
+
+
+def test_the_warm_up_is_at_most_a_tenth_of_the_steps(tmp_path, fast_scenes):
+    flags = "--max-steps 20 --batch-size 4 --phrases 0 --sentences 0"
+    lrs = [line["lr"] for line in run(tmp_path / "default", flags)]
+    assert lrs[:3] == pytest.approx([1e-7, 1e-3, 1e-3])
+    assert lrs == [lrs[0], *sorted(lrs[1:], reverse=True)]
+    assert 1e-5 < lrs[-1] < 2e-5
+    lrs = [line["lr"] for line in run(tmp_path / "none", f"{flags} --warmup 0")]
+    assert lrs[0] == 1e-3 == max(lrs)
+
+
+@pytest.mark.parametrize("has_gpu, capability, amp", [
+    (True, (8, 0), "bf16"), (True, (7, 5), "fp16"), (False, (0, 0), "off")])
+def test_the_default_precision_is_that_of_the_gpu(monkeypatch, has_gpu, capability, amp):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(models, "GPU_CAPABILITY", capability)
+    assert train.parse_args([]).amp == amp
+    assert train.parse_args(["--amp", "off"]).amp == "off"
+
+
+def test_help_is_printed_on_a_console_that_does_not_know_greek():
+    environ = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    command = [sys.executable, str(ROOT / "train.py"), "--help"]
+    output = subprocess.run(command, env=environ, capture_output=True, check=True).stdout
+    assert "weight of ?-CAL" in output.decode("cp1252")
