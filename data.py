@@ -47,10 +47,9 @@ IMAGE_ERRORS = (OSError, ValueError, TypeError, AttributeError, SyntaxError, Run
 
 # ---- captions on disk ----------------------------------------------------------------------------
 class Captions:
-    """A data set of images and captions. captions[epoch, index] is a sample: pixels uint8 [3, size,
-    size], queries, and messages about images that could not be read. The epoch belongs to the index
-    so that each has its own crops and sentences, in a resumed run too. For source and columns see
-    `read_table`, for limits `make_queries`; the file names of images are relative to root."""
+    """Images and captions. captions[epoch, index] is a sample: pixels uint8 [3, size, size], its
+    queries, and errors of reading. Each epoch has its own crops and sentences. For source and
+    columns see `read_table`, for limits `make_queries`; file names of images are under root."""
 
     def __init__(self, source: str | Path, root: str | Path, size: int, limits: tuple[int, int],
                  seed: int = 0, columns: str | None = None) -> None:
@@ -440,20 +439,19 @@ def shuffle_epochs(num_samples: int, together: int, start: int, seed: int) -> It
 
 
 # ---- scenes --------------------------------------------------------------------------------------
-# Pictures that a small model learns in minutes: in each quarter an object on a card. It is one of
-# thousands of kinds, so that the same one, a false negative, is seldom twice in a batch.
+# Pictures that a small model learns in minutes: in each quarter an object on a card. They are of
+# 1,152 kinds, so that the same one, a false negative, is seldom twice in a batch.
 PICTURE_PIXELS = 64  # a side
 CARD_PIXELS = 32
 COLOURS = ["red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "white"]
-RADIUS = {"small": 7, "large": 13}  # of an object, in pixels
-SHAPES = {"triangle": (3, 0), "wedge": (3, 180), "square": (4, 0), "diamond": (4, 45),
-          "hexagon": (6, 0), "circle": (30, 0)}  # corners, rotation in degrees
+RADIUS = 12  # of an object, in pixels
+# corners, and rotation in degrees
+SHAPES = {"triangle": (3, 0), "square": (4, 0), "diamond": (4, 45), "circle": (30, 0)}
 TEXTURES = {"plain": lambda x, y: x < 0,  # where a card is dark, by column x and row y
             "striped": lambda x, y: (y + 3) % 5 < 2,
             "dotted": lambda x, y: ((x + 4) % 5 < 2) & ((y + 4) % 5 < 2),
             "checkered": lambda x, y: (x // 4 + y // 4) % 2 > 0}
-ATTRIBUTES = {"size": list(RADIUS), "colour": COLOURS, "shape": list(SHAPES),
-              "texture": list(TEXTURES), "card": COLOURS}
+ATTRIBUTES = {"colour": COLOURS, "shape": list(SHAPES), "texture": list(TEXTURES), "card": COLOURS}
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 NUM_SCENES = {"train": 80_000, "val": 1_000, "test": 1_000}
 GROUP = 4  # scenes of val and test come in groups: an original, and others with one change each
@@ -505,20 +503,16 @@ def vary_object(obj: dict, num_changes: int) -> Iterator[dict]:
 
 
 def describe_object(obj: dict) -> str:
-    """The whole description, such as "a large red diamond on a striped orange card"."""
-    return "a {size} {colour} {shape} on a {texture} {card} card".format(**obj)
+    """A description, such as "a red diamond on a striped orange card"."""
+    return "a {colour} {shape} on a {texture} {card} card".format(**obj)
 
 
 def describe_scene(scene: list[dict]) -> tuple[list[str], list[list[list[str]]]]:
-    """All sentences about a scene, and the phrases of each, as of `extract_phrases`."""
-    names = " and ".join("a {colour} {shape}".format(**obj) for obj in scene)
-    sentences = [f"On the cards there is {names}"]
-    phrases = [[[], [], []]]
-    for quarter, obj in zip(QUARTERS, scene, strict=True):
-        description = describe_object(obj)
-        sentences.append(f"{description.capitalize()} lies in the {quarter} corner")
-        phrases.append([[description], ["a {size} {colour} {shape}".format(**obj)], []])
-    return sentences, phrases
+    """A sentence about each object, and the phrases of each, as of `extract_phrases`."""
+    descriptions = [describe_object(obj) for obj in scene]
+    sentences = [f"{description.capitalize()} lies in the {quarter} corner"
+                 for description, quarter in zip(descriptions, QUARTERS, strict=True)]
+    return sentences, [[[description], [], []] for description in descriptions]
 
 
 def draw_scene(scene: list[dict]) -> Image.Image:
@@ -528,7 +522,7 @@ def draw_scene(scene: list[dict]) -> Image.Image:
     for quarter, obj in enumerate(scene):
         card = Image.new("RGB", (CARD_PIXELS, CARD_PIXELS), obj["card"])
         card.paste("black", mask=Image.fromarray(np.uint8(255 * TEXTURES[obj["texture"]](x, y))))
-        circle = (CARD_PIXELS / 2, CARD_PIXELS / 2, RADIUS[obj["size"]])
+        circle = (CARD_PIXELS / 2, CARD_PIXELS / 2, RADIUS)
         corners, rotation = SHAPES[obj["shape"]]
         ImageDraw.Draw(card).regular_polygon(circle, corners, rotation, fill=obj["colour"])
         picture.paste(card, (CARD_PIXELS * (quarter % 2), CARD_PIXELS * (quarter // 2)))

@@ -75,8 +75,8 @@ def evaluate_retrieval(model: BetaCLIP, tokenizer: CLIPTokenizer, task: Task) ->
 
 
 def recall(similarity: Tensor, image_of_text: Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> Scores:
-    """R@k of text to image (T2I) and image to text (I2T, by its best text). similarity [T, I]. Ties
-    and NaN count against the model, or one that scores all pairs the same would be perfect."""
+    """R@k of text to image (T2I) and image to text (I2T, by its best text) from similarity [T, I].
+    Ties and NaN count against the model, or equal scores for all pairs would be perfect."""
     own = similarity.gather(1, image_of_text[:, None])                              # [T, 1]
     t2i_rank = (~(similarity < own)).sum(dim=1) - 1                                 # [T]
     image = torch.arange(similarity.shape[1], device=similarity.device)
@@ -89,10 +89,9 @@ def recall(similarity: Tensor, image_of_text: Tensor, ks: tuple[int, ...] = (1, 
 
 
 def evaluate_conditioned(model: BetaCLIP, tokenizer: CLIPTokenizer, task: Task) -> Scores:
-    """Text-conditioned retrieval, as in FLAIR: a text and an image score the cosine of the text and
-    what it pools from the image. (The paper's table 6 has each image pooled by its own caption,
-    which gives the answer away.) In a large set a text pools the CANDIDATES images that CLS ranks
-    highest for it, and an image is pooled by as many texts."""
+    """Text-conditioned retrieval, as in FLAIR: a text scores its cosine with what it pools from an
+    image: the CANDIDATES images that CLS ranks highest for it, and vice versa. (In the paper's
+    table 6 each image is pooled by its own caption, which gives the answer away.)"""
     texts, image_of_text = embed_captions(model, tokenizer, task.rows)              # [T, D], [T]
     by_cls = texts @ embed_images(model, task.images).T                             # [T, I]
     is_candidate = []  # for T2I, for I2T
@@ -353,8 +352,8 @@ def load_benchmark(name: str, root: str | Path, columns: str | None = None) -> T
             index, _ = images.setdefault(key, (len(images), row.image))
             checked.append(row._replace(image=index))
     except KeyError as error:
-        where = f"{path}, row {len(checked) + 1} of the benchmark"
-        raise InputError(f"{where}: it has no {error}") from error
+        number = len(checked) + 1
+        raise InputError(f"{path}, row {number} of the benchmark: it has no {error}") from error
     if not checked:
         raise InputError(f"{path} has no rows")
     images = [image for _, image in images.values()]

@@ -16,7 +16,6 @@ import json
 import math
 import pickle
 import re
-import string
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -437,7 +436,7 @@ def from_authors(state_dict: dict[str, Tensor], source: str = "the checkpoint") 
 
 
 # ---- export --------------------------------------------------------------------------------------
-MODEL_CARD = string.Template("""\
+MODEL_CARD = """\
 ---
 library_name: transformers
 pipeline_tag: zero-shot-image-classification
@@ -445,11 +444,11 @@ tags: [clip, beta-clip, long-text, fine-grained]
 ---
 # β-CLIP
 
-A CLIP with a $context-token text encoder, fine-tuned from $base with
-[β-CLIP](https://arxiv.org/abs/2512.12678) by `$command`. Results in %:
+A CLIP with a {context}-token text encoder, fine-tuned from {base} with
+[β-CLIP](https://arxiv.org/abs/2512.12678) by `{command}`. Results in %:
 
 ```
-$results
+{results}
 ```
 
 Take the tokenizer from `CLIPProcessor` or `AutoTokenizer`: they straighten curly quotes, as in
@@ -458,12 +457,12 @@ training, and `CLIPTokenizer` does not. `CLIPTextModel` loads the text encoder a
 ```python
 from transformers import CLIPModel, CLIPProcessor
 
-model = CLIPModel.from_pretrained("$folder")  # on the hub: OWNER/NAME
-processor = CLIPProcessor.from_pretrained("$folder")
+model = CLIPModel.from_pretrained("{folder}")  # on the hub: OWNER/NAME
+processor = CLIPProcessor.from_pretrained("{folder}")
 inputs = processor(text=["a red picture", "a blue picture"], return_tensors="pt", padding=True)
-print(model.get_text_features(**inputs))  # of up to $context tokens; images likewise
+print(model.get_text_features(**inputs))  # of up to {context} tokens; images likewise
 ```
-""")
+"""
 
 
 def export(model: BetaCLIP, tokenizer: CLIPTokenizer, folder: Path, base: str = "",
@@ -487,7 +486,7 @@ def export(model: BetaCLIP, tokenizer: CLIPTokenizer, folder: Path, base: str = 
     mean, std = model.mean_and_std.tolist()
     images = CLIPImageProcessor(size=model.image_size, crop_size=model.image_size,
                                 image_mean=mean, image_std=std)
-    card = MODEL_CARD.substitute(base=base, folder=folder, command=command, results=results,
+    card = MODEL_CARD.format(base=base, folder=folder, command=command, results=results,
                                  context=model.context)
     with library_call(f"{folder} cannot be written"):
         model.clip.save_pretrained(folder, state_dict=clip_state)

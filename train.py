@@ -47,7 +47,7 @@ FLAGS = {  # name: type or choices, default or (default on scenes, that of the p
     "cal-weight": (float, 1.0, "weight of β-CAL in the loss"),
     "global-negatives": (bool, False, "have β-CAL contrast with the queries of all processes"),
     "sentences": (int, 5, "sentence queries per image; with 0, a caption still has 5 sentences"),
-    "phrases": (int, (8, 30), "phrase queries per image"),
+    "phrases": (int, (4, 30), "phrase queries per image"),
     "data": (str, "scenes", "scenes, sharegpt4v, a file, a folder, or a data set on the hub"),
     "columns": (str, None, "IMAGE,CAPTION: the names of the columns of --data and --val"),
     "root": (str, "data", "the folder of images and benchmarks"),
@@ -86,14 +86,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, (kind, default, text) in FLAGS.items():
-        if kind is bool:
-            parser.add_argument(f"--{name}", action="store_true", help=text)
-            continue
         if isinstance(default, tuple):
             text += f" (default: {default[0]} on scenes, else {default[1]})"
-        elif default is not None:
+        elif default is not None and kind is not bool:
             text += f" (default: {default})"
         options = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        if kind is bool:
+            options = {"action": "store_true"}
         parser.add_argument(f"--{name}", default=default, help=text, **options)
     args = parser.parse_args(argv)
     for name, value in vars(args).items():

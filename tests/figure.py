@@ -26,7 +26,7 @@ NAMES = ("L_clip only", "beta-CLIP")  # the default font has no β
 
 
 def similarity_maps(run: str, indices: range) -> list[Tensor]:
-    """Of each scene, the similarity of its patches with the description of each object: [4, 8, 8]."""
+    """Similarity of patches with the four descriptions of each scene, [4, side, side] each."""
     model, tokenizer = load(run)
     maps = []
     for index in indices:
