@@ -35,7 +35,7 @@ TOKEN_LIMITS = {"caption": CONTEXT, "sentence": CONTEXT, "phrase": 30}  # by lev
 LEVELS = tuple(TOKEN_LIMITS)  # `Batch.level` indexes this
 CAPTION_SENTENCES = 5  # sentences in a caption if sentences are not queries (--sentences 0)
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
-           ".tar": "webdataset"}  # file formats, by `datasets`' names
+           ".tar": "webdataset"}  # by suffix: `datasets`' name of the format
 CSV_OPTIONS = {"sep": None, "engine": "python", "keep_default_na": False, "encoding": "utf-8-sig"}
 COLUMNS = (("image", "caption"), ("image", "conversations"), ("filepath", "title"), ("jpg", "txt"))
 SHAREGPT4V = "share-captioner_coco_lcs_sam_1246k_1107"  # the names of its lists begin with this
@@ -48,12 +48,12 @@ IMAGE_ERRORS = (OSError, ValueError, TypeError, AttributeError, SyntaxError, Run
 # ---- captions on disk ----------------------------------------------------------------------------
 class Captions:
     """Images and captions. captions[epoch, index] is a sample: pixels uint8 [3, size, size], its
-    queries, and errors of reading. Each epoch has its own crops and sentences. For source and
-    columns see `read_table`, for limits `make_queries`; file names of images are under root."""
+    queries, and reading errors. Each epoch has its own crops and sentences. For source and columns
+    see `read_table`, for limits `make_queries`; the names of image files are relative to root."""
 
     def __init__(self, source: str | Path, root: str | Path, size: int, limits: tuple[int, int],
                  seed: int = 0, columns: str | None = None) -> None:
-        """Read the rows and prepare their queries, which is cached. Raises InputError."""
+        """Read the rows and prepare their queries (cached). Raises InputError."""
         self.root = root
         self.size = size
         self.limits = limits
@@ -61,26 +61,26 @@ class Captions:
         rows, _, files = read_table(source, columns)
         is_sharegpt4v = any(SHAREGPT4V in f"{file} {Path(file).resolve()}" for file in files)
         if is_sharegpt4v and len(files) > 1:
-            raise InputError(f"{source}: read ShareGPT4V's list, whose first rows are SV-1k, alone")
+            raise InputError(f"{source}: pass ShareGPT4V's list alone: its first rows are SV-1k")
         held_out = HELD_OUT if is_sharegpt4v else 0
+        listed = len(rows) - held_out
         kept = list(range(held_out, len(rows)))
         hasher = hashlib.sha256()
         if "string" in rows.features["image"].dtype:  # file names, not stored images
             names = rows["image"][:]
             exists = find_files(names, root)
             kept = [row for row in kept if exists[row]]
-            if not kept and len(rows) > held_out:
-                raise InputError(f"{source}: none of its {len(rows) - held_out} images is under "
+            if not kept and listed:
+                raise InputError(f"{source}: none of its {listed} images is under "
                                  f"--root {root}, for instance {names[held_out]}")
             hasher.update("\n".join(names[row] for row in kept).encode())
-        missing = len(rows) - held_out - len(kept)
         self.rows = rows.select(kept) if len(kept) < len(rows) else rows
         self.samples = prepare_captions(self.rows, with_phrases=limits[1] > 0)
         for batch in self.samples.with_format("arrow").iter(1000):
             hasher.update(batch.combine_chunks().to_batches()[0].serialize())
-        self.fingerprint = hasher.hexdigest()  # by which a resumed run knows its data
+        self.fingerprint = hasher.hexdigest()  # to identify a resumed run's data
         self.summary = (f"{source}: {len(self)} rows; left out: {held_out} of the test set SV-1k, "
-                        f"{missing} of {len(rows) - held_out} whose image is not under {root}, "
+                        f"{listed - len(kept)} (of {listed}) with no image under {root}, "
                         f"{len(kept) - len(self)} without a caption")
 
     def __len__(self) -> int:
@@ -91,17 +91,18 @@ class Captions:
         index = epoch_and_index[1]
         pixels = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
         read_errors = []
-        for _ in range(20):  # instead of an unreadable image, try others; train.py counts them
+        for _ in range(20):  # if an image is unreadable, try others; train.py counts errors
             sample = self.samples[index]
             image = self.rows[sample["row"]]["image"]
             try:
-                with open_image(image, self.root) as opened:
-                    pixels = random_crop(opened, self.size, rng)
-                break
+                picture = open_image(image, self.root, 2 * self.size)
             except IMAGE_ERRORS as error:
                 name = image["path"] if isinstance(image, dict) else image
                 read_errors = read_errors or [f"{name}: {error}"]
                 index = rng.randrange(len(self))
+            else:
+                pixels = random_crop(picture, self.size, rng)
+                break
         number = rng.randrange(len(sample["sentences"]))  # one of the row's captions
         queries = make_queries(sample["sentences"][number], sample["phrases"][number],
                                self.limits, rng)
@@ -114,7 +115,7 @@ def read_table(source: str | Path, columns: str | None = None,
 
     source:  a file (see FORMATS; or a glob), a folder, or a data set on the hub (OWNER/NAME)
     columns: "IMAGE,CAPTION", the columns' names, if they are not among COLUMNS
-    splits:  the first that exists is read; without any, train, or the first of all
+    splits:  the first that exists is read; if none does, train, or else the first split
     Returns rows of "image" (a file name, or {"bytes", "path"}) and "caption", the name of the split
     ("" for a file), and the names of the files, as far as known. Raises InputError.
     """
@@ -127,9 +128,9 @@ def read_table(source: str | Path, columns: str | None = None,
         path = os.path.abspath(source)
         options["data_files"] = glob.escape(path) if os.path.isfile(path) else path
     elif not os.path.isdir(source) and source.count("/") != 1:
-        raise InputError(f"{source}: no file ({', '.join(FORMATS)}), folder, or OWNER/NAME (hub)")
-    reading = partial(library_call, f"{source} cannot be read", StopIteration,
-                      datasets.exceptions.DatasetsError)
+        raise InputError(f"{source} is no file ({', '.join(FORMATS)}), folder, or OWNER/NAME")
+    reading = partial(library_call, f"{source} cannot be read", datasets.exceptions.DatasetsError,
+                      StopIteration)  # of an empty file
     with reading():
         builder = datasets.load_dataset_builder(format_name or source, **options)
         builder.download_and_prepare()
@@ -143,8 +144,8 @@ def read_table(source: str | Path, columns: str | None = None,
             rows = datasets.load_dataset(format_name, field="annotations", split="train", **options)
         found = [pair for pair in pairs if set(pair) <= set(rows.column_names)]
     if not found or len(found[0]) != 2:
-        raise InputError(f"{source} has the columns {', '.join(rows.column_names)}, none of which "
-                         f"are {' and '.join(pairs[0])}: use --columns IMAGE,CAPTION")
+        raise InputError(f"{source} has the columns {', '.join(rows.column_names)}, but not "
+                         f"{' and '.join(pairs[0])}: use --columns IMAGE,CAPTION")
     rows = rows.select_columns(list(found[0]))
     rows = rows.rename_columns(dict(zip(found[0], ("image", "caption"), strict=True)))
     if getattr(rows.features["image"], "dtype", "") not in ("string", "large_string"):
@@ -167,7 +168,7 @@ def find_files(names: Iterable[str | None], root: str | Path) -> list[bool]:
 
 
 def captions_of(cell: Any) -> list[str]:
-    """The captions in a cell: a string, a list of them, or a conversation, its first answer."""
+    """The captions in a cell: a string, a list of strings, or a conversation's first answer."""
     parts = [cell] if isinstance(cell, str) else cell or []
     if not isinstance(parts, list):
         raise InputError(f"captions must be strings or lists of strings, not {cell!r}")
@@ -180,12 +181,12 @@ def captions_of(cell: Any) -> list[str]:
 def make_queries(sentences: list[str], phrases: list[list[list[str]]], limits: tuple[int, int],
                  rng: random.Random) -> list[tuple[str, str]]:
     """Draw the queries of a sample, [(text, level)]: some sentences of a caption, which make the
-    caption query, these sentences, and their phrases (`phrases` are those of each sentence, as of
-    `extract_phrases`). limits: how many sentences are drawn, in random order (or all, in order),
-    and how many phrases. If 0 sentences are wanted, the caption has CAPTION_SENTENCES of them."""
+    caption query, these sentences, and their phrases (`phrases` are those of each sentence, from
+    `extract_phrases`). limits: at most how many sentences, drawn at random (or in order if there
+    are fewer), and how many phrases. If 0 sentences, the caption still has CAPTION_SENTENCES."""
     max_sentences, max_phrases = limits
     chosen = range(len(sentences))
-    if len(chosen) > (max_sentences or CAPTION_SENTENCES):
+    if len(chosen) >= (max_sentences or CAPTION_SENTENCES):
         chosen = rng.sample(chosen, max_sentences or CAPTION_SENTENCES)
     sentences = [sentences[i] for i in chosen]
     queries = [(". ".join(sentences), "caption")]
@@ -212,7 +213,7 @@ def split_sentences(caption: str) -> list[str]:
 
 
 def prepare_captions(rows: Any, with_phrases: bool) -> Any:
-    """What `split_captions` makes of all rows; cached, while others wait, by rows and code."""
+    """`split_captions` of all rows, cached by rows and code; other processes wait for it."""
     import datasets
 
     rows = rows.remove_columns("image")
@@ -230,7 +231,7 @@ def prepare_captions(rows: Any, with_phrases: bool) -> Any:
 
 def split_captions(columns: dict[str, list], row_numbers: list[int],
                    with_phrases: bool) -> dict[str, list]:
-    """Split the captions of some rows: row [R], sentences [R][caption][sentence] and, as of
+    """Split the captions of some rows: row [R], sentences [R][caption][sentence] and, from
     `extract_phrases`, phrases [R][caption][sentence][type]. Rows without a caption are left out."""
     rows = {"row": [], "sentences": [], "phrases": []}
     for number, cell in zip(row_numbers, columns["caption"], strict=True):
@@ -239,7 +240,7 @@ def split_captions(columns: dict[str, list], row_numbers: list[int],
         if captions:
             rows["row"].append(number)
             rows["sentences"].append(captions)
-    phrases = itertools.repeat([[], [], []])  # of one sentence after the other
+    phrases = itertools.repeat([[], [], []])  # one item for each sentence
     if with_phrases:
         nlp, matchers = load_spacy()
         all_sentences = itertools.chain(*itertools.chain(*rows["sentences"]))
@@ -252,13 +253,11 @@ def split_captions(columns: dict[str, list], row_numbers: list[int],
 
 @cache
 def load_spacy() -> tuple[Any, list]:
-    """spaCy's English pipeline, and `build_phrase_matchers`."""
-    try:
+    """spaCy's English pipeline, and the phrase matchers."""
+    with library_call("phrases need spaCy and its English model: `pip install spacy && python -m "
+                      "spacy download en_core_web_sm`; or pass --phrases 0"):
         import spacy
         nlp = spacy.load("en_core_web_sm", exclude=["ner", "lemmatizer"])
-    except (ImportError, OSError) as error:
-        raise InputError("phrases need spaCy and its English model: `pip install spacy && python "
-                         "-m spacy download en_core_web_sm`; or pass --phrases 0") from error
     return nlp, build_phrase_matchers(nlp.vocab)
 
 
@@ -307,7 +306,7 @@ def order_phrases(phrases_of_sentences: list[list[list[str]]]) -> list[str]:
 
 def code_of(function: Callable, found: dict[str, str] | None = None) -> dict[str, str]:
     """The source of a function and of those that it calls in this file, and the constants that they
-    read: whether these are the same tells whether a cached result is up to date."""
+    read. While these stay the same, a cached result is up to date."""
     found = {} if found is None else found
     found[function.__name__] = inspect.getsource(function)
     for name in sorted(set(re.findall(r"\w+", found[function.__name__]))):
@@ -322,18 +321,21 @@ def code_of(function: Callable, found: dict[str, str] | None = None) -> dict[str
 
 
 # ---- images --------------------------------------------------------------------------------------
-def open_image(image: str | dict, root: str | Path) -> Image.Image:
-    """Open the image in a cell, without decoding it. Raises IMAGE_ERRORS."""
-    if isinstance(image, dict) and image["bytes"]:
-        return Image.open(io.BytesIO(image["bytes"]))
-    path = resolve_path(image, root)
-    if path is None:
+def open_image(image: str | dict, root: str | Path, needed: int | None = None) -> Image.Image:
+    """Open the image in a cell, upright, in RGB. For speed a JPEG is decoded at 1/2, 1/4 or 1/8 of
+    its size, if both sides keep the pixels that are needed. Raises IMAGE_ERRORS."""
+    stored = isinstance(image, dict) and image["bytes"]
+    file = io.BytesIO(stored) if stored else resolve_path(image, root)
+    if file is None:
         raise ValueError(f"it is not under {root}")
-    return Image.open(path)
+    with Image.open(file) as opened:
+        if needed:
+            opened.draft("RGB", (needed, needed))
+        return to_rgb(opened)
 
 
 def resolve_path(image: str | dict, root: str | Path) -> str | None:
-    """The path of an image, by a file name under root or {"path"}; None if it leads out of root."""
+    """The path of an image, from a name under root or {"path"}; None if it is outside of root."""
     folder = os.path.join(os.path.abspath(root), "")
     if isinstance(image, dict):
         if os.path.isabs(image["path"]):  # `datasets` found it in the folder that it read
@@ -362,10 +364,9 @@ def to_pixels(image: Image.Image, size: int, stretch: bool = False) -> Tensor:
 
 def random_crop(image: Image.Image, size: int, rng: random.Random) -> Tensor:
     """Pixels for training, uint8 [3, size, size]: a RandomResizedCrop of at least half the area."""
-    image.draft("RGB", (2 * size, 2 * size))  # a large JPEG is decoded at a half, quarter or eighth
     with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's generator
         torch.manual_seed(rng.getrandbits(63))
-        return pil_to_tensor(RandomResizedCrop(size, scale=(0.5, 1))(to_rgb(image)))
+        return pil_to_tensor(RandomResizedCrop(size, scale=(0.5, 1))(image))
 
 
 # ---- batches -------------------------------------------------------------------------------------
@@ -374,7 +375,7 @@ class Batch(NamedTuple):
 
     pixels: Tensor          # [B, 3, size, size] uint8
     texts: PackedTexts      # the tokens of the N queries
-    image_of_query: Tensor  # [N] sorted; stays on the CPU, where reading it waits for no GPU
+    image_of_query: Tensor  # [N] sorted; stays on the CPU, to be read without waiting
     level: Tensor           # [N] level of each query, an index into LEVELS
     caption_index: Tensor   # [B] index of each image's caption among the queries
     read_errors: list[str]  # about images that could not be read
@@ -386,12 +387,12 @@ class Batch(NamedTuple):
 
 
 def collate(samples: list[tuple], tokenizer: CLIPTokenizer, captions_only: bool = False) -> Batch:
-    """Make a batch of samples, in a loader's process; captions are the first queries."""
+    """Batch samples, in a loader's process. The first query of each sample is its caption."""
     pixels, queries, read_errors = zip(*samples, strict=True)
     if captions_only:
-        queries = [of_image[:1] for of_image in queries]
+        queries = [sample[:1] for sample in queries]
     texts, levels = zip(*itertools.chain(*queries), strict=True)
-    counts = torch.tensor([len(of_image) for of_image in queries])                  # [B]
+    counts = torch.tensor([len(sample) for sample in queries])                      # [B]
     return Batch(
         pixels=torch.stack(pixels),
         texts=pack(tokenize(tokenizer, texts, [TOKEN_LIMITS[level] for level in levels])),
@@ -414,24 +415,24 @@ def sample_order(num_samples: int, batch_size: int, start: int, stop: int, rank:
                  world_size: int = 1, seed: int = 0) -> Iterator[list[tuple[int, int]]]:
     """Yield this rank's batches, lists of (epoch, index): images `start` to `stop` of an endless
     stream that all ranks share, of which each micro-step takes the next world_size · batch_size. If
-    a run is resumed with another such number, some images of an epoch may come twice, or never."""
-    together = world_size * batch_size
-    stream = itertools.islice(shuffle_epochs(num_samples, together, start, seed), start, None)
-    for _ in range(start, stop, together):
-        chosen = list(itertools.islice(stream, together))
+    a run is resumed with another product, an epoch may repeat or skip some images."""
+    global_batch = world_size * batch_size
+    stream = itertools.islice(shuffle_epochs(num_samples, global_batch, start, seed), start, None)
+    for _ in range(start, stop, global_batch):
+        chosen = list(itertools.islice(stream, global_batch))
         yield chosen[rank * batch_size:(rank + 1) * batch_size]
 
 
-def shuffle_epochs(num_samples: int, together: int, start: int, seed: int) -> Iterator[tuple]:
-    """Yield (epoch, index) endlessly: each sample once per epoch, in random order, and no sample
-    twice among those that are taken together, of which some begin at `start`."""
+def shuffle_epochs(num_samples: int, global_batch: int, start: int, seed: int) -> Iterator[tuple]:
+    """Yield (epoch, index) endlessly: each sample once per epoch, in random order, and none twice
+    in a global batch, one of which begins at `start`."""
     last_order = np.empty(0, int)
     for epoch in itertools.count():
         order = np.random.default_rng([seed, epoch]).permutation(num_samples)
-        begun = (epoch * num_samples - start) % together if epoch else 0
-        if begun:  # they began with the end of the last epoch, and go on with other samples
-            is_new = np.isin(order, last_order[-begun:], invert=True)
-            first = np.flatnonzero(is_new)[:together - begun]
+        taken = (epoch * num_samples - start) % global_batch if epoch else 0
+        if taken:  # a batch has so many of the last epoch: complete it with other samples
+            is_new = np.isin(order, last_order[-taken:], invert=True)
+            first = np.flatnonzero(is_new)[:global_batch - taken]
             order = np.concatenate([order[first], np.delete(order, first)])
         for index in order.tolist():
             yield epoch, index
@@ -439,12 +440,11 @@ def shuffle_epochs(num_samples: int, together: int, start: int, seed: int) -> It
 
 
 # ---- scenes --------------------------------------------------------------------------------------
-# Pictures that a small model learns in minutes: in each quarter an object on a card. They are of
-# 1,152 kinds, so that the same one, a false negative, is seldom twice in a batch.
+# Pictures that a small model learns in minutes: in each quarter an object on a card. Objects are of
+# 1,152 kinds, so that one is seldom twice in a batch, as a false negative.
 PICTURE_PIXELS = 64  # a side
 CARD_PIXELS = 32
 COLOURS = ["red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "white"]
-RADIUS = 12  # of an object, in pixels
 # corners, and rotation in degrees
 SHAPES = {"triangle": (3, 0), "square": (4, 0), "diamond": (4, 45), "circle": (30, 0)}
 TEXTURES = {"plain": lambda x, y: x < 0,  # where a card is dark, by column x and row y
@@ -453,12 +453,12 @@ TEXTURES = {"plain": lambda x, y: x < 0,  # where a card is dark, by column x an
             "checkered": lambda x, y: (x // 4 + y // 4) % 2 > 0}
 ATTRIBUTES = {"colour": COLOURS, "shape": list(SHAPES), "texture": list(TEXTURES), "card": COLOURS}
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")
-NUM_SCENES = {"train": 80_000, "val": 1_000, "test": 1_000}
-GROUP = 4  # scenes of val and test come in groups: an original, and others with one change each
+NUM_SCENES = {"train": 50_000, "val": 1_000, "test": 1_000}
+GROUP_SIZE = 4  # scenes of val and test: an original, and three others with one change each
 
 
 class Scenes:
-    """The training scenes, drawn on demand. scenes[epoch, index] is a sample as of `Captions`."""
+    """The training scenes, drawn on demand. scenes[epoch, index] is a sample as in `Captions`."""
 
     fingerprint = summary = "scenes"
 
@@ -479,7 +479,7 @@ class Scenes:
 
 def make_scene(split: str, index: int) -> list[dict]:
     """The objects in the QUARTERS of a scene. The first scene of a group is the original."""
-    group, member = (index, 0) if split == "train" else divmod(index, GROUP)
+    group, member = (index, 0) if split == "train" else divmod(index, GROUP_SIZE)
     rng = random.Random(f"{split} {group}")
     scene = []
     for _ in QUARTERS:
@@ -493,7 +493,7 @@ def make_scene(split: str, index: int) -> list[dict]:
 
 
 def vary_object(obj: dict, num_changes: int) -> Iterator[dict]:
-    """All objects that differ in exactly so many attributes."""
+    """All objects that differ from one in exactly num_changes attributes."""
     for names in itertools.combinations(ATTRIBUTES, num_changes):
         choices = [[value for value in ATTRIBUTES[name] if value != obj[name]] for name in names]
         for values in itertools.product(*choices):
@@ -508,7 +508,7 @@ def describe_object(obj: dict) -> str:
 
 
 def describe_scene(scene: list[dict]) -> tuple[list[str], list[list[list[str]]]]:
-    """A sentence about each object, and the phrases of each, as of `extract_phrases`."""
+    """A sentence about each object, and its phrases, in the form of `extract_phrases`."""
     descriptions = [describe_object(obj) for obj in scene]
     sentences = [f"{description.capitalize()} lies in the {quarter} corner"
                  for description, quarter in zip(descriptions, QUARTERS, strict=True)]
@@ -520,19 +520,19 @@ def draw_scene(scene: list[dict]) -> Image.Image:
     picture = Image.new("RGB", (PICTURE_PIXELS, PICTURE_PIXELS), "gray")
     y, x = np.mgrid[:CARD_PIXELS, :CARD_PIXELS]
     for quarter, obj in enumerate(scene):
-        card = Image.new("RGB", (CARD_PIXELS, CARD_PIXELS), obj["card"])
-        card.paste("black", mask=Image.fromarray(np.uint8(255 * TEXTURES[obj["texture"]](x, y))))
-        circle = (CARD_PIXELS / 2, CARD_PIXELS / 2, RADIUS)
+        tile = Image.new("RGB", (CARD_PIXELS, CARD_PIXELS), obj["card"])
+        tile.paste("black", mask=Image.fromarray(np.uint8(255 * TEXTURES[obj["texture"]](x, y))))
+        circle = (CARD_PIXELS / 2, CARD_PIXELS / 2, 12)  # centre and radius
         corners, rotation = SHAPES[obj["shape"]]
-        ImageDraw.Draw(card).regular_polygon(circle, corners, rotation, fill=obj["colour"])
-        picture.paste(card, (CARD_PIXELS * (quarter % 2), CARD_PIXELS * (quarter // 2)))
+        ImageDraw.Draw(tile).regular_polygon(circle, corners, rotation, fill=obj["colour"])
+        picture.paste(tile, (CARD_PIXELS * (quarter % 2), CARD_PIXELS * (quarter // 2)))
     return picture
 
 
 def build_scenes_tokenizer() -> CLIPTokenizer:
     """A tokenizer, without a download: a token for each word of the scenes, bytes for all else."""
     words = set()
-    for index in range(300):
+    for index in range(300):  # together they have all words
         words.update(" ".join(describe_scene(make_scene("train", index))[0]).lower().split())
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet)]

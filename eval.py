@@ -2,8 +2,7 @@
 
     python eval.py                                                  # the latest run, on the scenes
     python eval.py --bench urban1k fgovd --root DATA --ckpt RUN openai/clip-vit-base-patch16
-    python eval.py --bench all --root DATA                          # all that is found under DATA
-    python eval.py --bench pairs.jsonl --root IMAGES --ckpt RUN     # your own images and captions
+    python eval.py --bench all pairs.jsonl --root DATA              # all under DATA; your own pairs
 """
 
 import argparse
@@ -31,7 +30,7 @@ import data
 from model import BetaCLIP, InputError, command_line, library_call, load, pack
 
 BATCH_SIZE = 256  # images, or texts, in a forward pass
-CANDIDATES = 128  # in conditioned retrieval: the images that a text pools
+CANDIDATES = 128  # in conditioned retrieval: images that a text pools, and vice versa
 URBAN1K_URL = "https://huggingface.co/datasets/BeichenZhang/Urban1k/resolve/main/Urban1k.zip"
 EVALUATION_SPLITS = ("test", "validation", "val", "valid", "dev")
 FGOVD_FILES = {  # by difficulty: those of FG-CLIP, the official ones
@@ -76,22 +75,22 @@ def evaluate_retrieval(model: BetaCLIP, tokenizer: CLIPTokenizer, task: Task) ->
 
 def recall(similarity: Tensor, image_of_text: Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> Scores:
     """R@k of text to image (T2I) and image to text (I2T, by its best text) from similarity [T, I].
-    Ties and NaN count against the model, or equal scores for all pairs would be perfect."""
+    Ties and NaN count against the model; else, equal scores for all pairs would be perfect."""
     own = similarity.gather(1, image_of_text[:, None])                              # [T, 1]
-    t2i_rank = (~(similarity < own)).sum(dim=1) - 1                                 # [T]
+    t2i_rank = (~(similarity < own)).sum(dim=1) - 1     # its own image is not counted  [T]
     image = torch.arange(similarity.shape[1], device=similarity.device)
     is_own = image_of_text[:, None] == image                                        # [T, I]
     best_own = similarity.masked_fill(~is_own, -torch.inf).amax(dim=0)              # [I]
     others = similarity.masked_fill(is_own, -torch.inf)
     i2t_rank = (~(others < best_own)).sum(dim=0)                                    # [I]
-    return {f"{way} R@{k}": 100 * (ranks < k).double().mean().item()
-            for way, ranks in (("T2I", t2i_rank), ("I2T", i2t_rank)) for k in ks}
+    return {f"{direction} R@{k}": 100 * (ranks < k).double().mean().item()
+            for direction, ranks in (("T2I", t2i_rank), ("I2T", i2t_rank)) for k in ks}
 
 
 def evaluate_conditioned(model: BetaCLIP, tokenizer: CLIPTokenizer, task: Task) -> Scores:
-    """Text-conditioned retrieval, as in FLAIR: a text scores its cosine with what it pools from an
-    image: the CANDIDATES images that CLS ranks highest for it, and vice versa. (In the paper's
-    table 6 each image is pooled by its own caption, which gives the answer away.)"""
+    """Text-conditioned retrieval, as in FLAIR: the cosine of a text with what it pools from an
+    image, for the CANDIDATES images that CLS ranks highest for the text, and vice versa. (In the
+    paper's table 6 each image is pooled by its own caption, which gives the answer away.)"""
     texts, image_of_text = embed_captions(model, tokenizer, task.rows)              # [T, D], [T]
     by_cls = texts @ embed_images(model, task.images).T                             # [T, I]
     is_candidate = []  # for T2I, for I2T
@@ -101,16 +100,16 @@ def evaluate_conditioned(model: BetaCLIP, tokenizer: CLIPTokenizer, task: Task) 
     either = is_candidate[0] | is_candidate[1]
     scores = torch.full_like(by_cls, -torch.inf)
     for indices, _, _, patches in encode_images(model, task.images):
-        for index, one_patches in zip(indices, patches, strict=True):
+        for index, patches_of_image in zip(indices, patches, strict=True):
             chosen = either[:, index].nonzero()[:, 0]                               # [c]
             if len(chosen):
-                one_image = torch.zeros(len(chosen), dtype=torch.long)
-                pooled = model.pooler(texts[chosen], one_image, one_patches[None])  # [c, D]
-                scores[chosen, index] = F.cosine_similarity(pooled, texts[chosen])
+                of_image_0 = torch.zeros(len(chosen), dtype=torch.long)             # [c]
+                pooled = model.pooler(texts[chosen], of_image_0, patches_of_image[None])
+                scores[chosen, index] = F.cosine_similarity(pooled, texts[chosen])  # of [c, D]
     results = {}
-    for way, mask in zip(("T2I", "I2T"), is_candidate, strict=True):
+    for direction, mask in zip(("T2I", "I2T"), is_candidate, strict=True):
         recalls = recall(scores.masked_fill(~mask, -torch.inf), image_of_text)
-        results |= {f"pooled {name}": recalls[name] for name in recalls if way in name}
+        results |= {f"pooled {name}": recalls[name] for name in recalls if direction in name}
     return results
 
 
@@ -125,7 +124,7 @@ def evaluate_fine_grained(model: BetaCLIP, tokenizer: CLIPTokenizer, task: Task)
     for indices, sizes, _, patches in encode_images(model, task.images, stretch=True):
         for index, size, patches_of_image in zip(indices, sizes, patches, strict=True):
             for row, row_texts in rows_of_image[index]:
-                box = torch.tensor(row.box) / torch.tensor(size * 2)                # [4]
+                box = torch.tensor(row.box) / torch.tensor((*size, *size))          # [4]
                 region = embed_box(patches_of_image, box.to(patches))               # [D]
                 if not region.any():  # all texts would be equally similar to it
                     raise InputError(f"{task.images[index]}: the box {row.box} is outside of it")
@@ -146,7 +145,7 @@ def embed_box(patches: Tensor, box: Tensor) -> Tensor:
 # ---- embeddings ----------------------------------------------------------------------------------
 @torch.no_grad()
 def embed_texts(model: BetaCLIP, tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
-    """Embed N texts: [N, D], normalised, without a graph, on the model's device."""
+    """Embed N texts: [N, D], normalised, without gradient, on the model's device."""
     distinct = sorted(dict.fromkeys(texts), key=len)
     index_of = {text: index for index, text in enumerate(distinct)}
     embeddings = []
@@ -158,7 +157,7 @@ def embed_texts(model: BetaCLIP, tokenizer: CLIPTokenizer, texts: list[str]) -> 
 
 @torch.no_grad()
 def embed_images(model: BetaCLIP, images: list) -> Tensor:
-    """Embed I images (PIL images or paths) by CLS: [I, D], normalised, without a graph, on the
+    """Embed I images (PIL images or paths) by CLS: [I, D], normalised, without gradient, on the
     model's device. Raises InputError if one cannot be read."""
     cls = [cls for _, _, cls, _ in encode_images(model, images)]
     return F.normalize(torch.cat(cls), dim=-1)
@@ -191,13 +190,11 @@ def encode_images(model: BetaCLIP, images: list,
 
 def open_rgb(image: Any) -> Image.Image:
     """Open a PIL image, a path, or {"bytes", "path"}. Raises InputError."""
-    try:
+    name = image["path"] if isinstance(image, dict) else image
+    with library_call(f"{name}: the image cannot be read", *data.IMAGE_ERRORS):
         if isinstance(image, dict):
-            image = data.open_image(image, "")
+            return data.open_image(image, "")
         return data.to_rgb(image if isinstance(image, Image.Image) else Image.open(image))
-    except data.IMAGE_ERRORS as error:
-        name = image["path"] if isinstance(image, dict) else image
-        raise InputError(f"{name}: the image cannot be read: {error}") from error
 
 
 # ---- benchmarks ----------------------------------------------------------------------------------
@@ -211,8 +208,8 @@ def read_scenes(_: Path, split: str = "test") -> Iterator[Row]:
     for scene, picture in zip(scenes, pictures, strict=True):
         yield Row(picture, [". ".join(data.describe_scene(scene)[0])])
     side = data.CARD_PIXELS
-    for index in range(0, len(scenes), data.GROUP):
-        neighbours = [scenes[(index + data.GROUP * i) % len(scenes)] for i in (1, 2, 3, 4)]
+    for index in range(0, len(scenes), data.GROUP_SIZE):
+        neighbours = [scenes[(index + data.GROUP_SIZE * i) % len(scenes)] for i in (1, 2, 3, 4)]
         for quarter, obj in enumerate(scenes[index]):
             rng = random.Random(f"{index} {quarter}")
             others = [list(data.vary_object(obj, number)) for number in (1, 2, 3)]
@@ -227,7 +224,7 @@ def read_scenes(_: Path, split: str = "test") -> Iterator[Row]:
 
 
 def read_urban1k(folder: Path) -> Iterator[Row]:
-    """Urban1k/image/N.jpg and Urban1k/caption/N.txt, whose first line is the caption: 1,000."""
+    """1,000 pairs: Urban1k/image/N.jpg, and the first line of Urban1k/caption/N.txt."""
     if not folder.exists():
         with library_call(f"{URBAN1K_URL} cannot be downloaded: unpack it in {folder.parent}"):
             download_and_extract_archive(URBAN1K_URL, folder.parent)
@@ -239,23 +236,22 @@ def read_urban1k(folder: Path) -> Iterator[Row]:
 
 
 def read_sv1k(path: Path) -> Iterator[Row]:
-    """The first 1,000 rows of a list of ShareGPT4V, with their whole captions."""
+    """The first 1,000 rows of a ShareGPT4V list, with their whole captions."""
     rows, _, _ = data.read_table(path)
     for row in itertools.islice(rows, data.HELD_OUT):
         captions = data.captions_of(row["caption"])
         yield Row(row["image"], [data.remove_repetitions(caption) for caption in captions])
 
 
-def read_dci(folder: Path, with_short: bool = False) -> Iterator[Row]:
-    """Densely Captioned Images, all splits: 7,805, with long captions, or both, the short first."""
+def read_dci(folder: Path, keys: tuple[str, ...] = ("extra_caption",)) -> Iterator[Row]:
+    """Densely Captioned Images, all splits: 7,805, with the long caption, or several joined."""
     for name in itertools.chain(*read_json(folder / "splits.json").values()):
         row = read_json((folder / "annotations" / name).with_suffix(".json"))
-        parts = [row["short_caption"]] * with_short + [row["extra_caption"]]
-        yield Row(f"{DCI}/photos/{row['image']}", ["\n".join(parts)])
+        yield Row(f"{DCI}/photos/{row['image']}", ["\n".join(row[key] for key in keys)])
 
 
 def read_coco(path: Path) -> Iterator[Row]:
-    """COCO val2017: 5,000 images; of each, as is usual, the first five captions."""
+    """COCO val2017: 5,000 images with their first five captions, as is usual."""
     annotations = read_json(path)
     captions = defaultdict(list)
     for row in annotations["annotations"]:
@@ -284,7 +280,7 @@ def read_fgovd(path: Path) -> Iterator[Row]:
 
 
 def read_json(path: Path) -> Any:
-    """The contents of a JSON file, or of a file of JSON lines, a list."""
+    """The contents of a JSON file, or of a JSON Lines file as a list."""
     with library_call(f"{path} cannot be read"):
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".jsonl":
@@ -293,24 +289,24 @@ def read_json(path: Path) -> Any:
 
 
 DCI = "densely_captioned_images"
-# name: its file or folder under --root (there may be two forms), reader, protocols
+# name: its file or folder under --root (of two forms, or none: it is built in), reader, protocols
 BENCHMARKS = {
     "scenes": ((), read_scenes, evaluate_fine_grained, evaluate_retrieval),
     "urban1k": (("Urban1k",), read_urban1k, evaluate_retrieval),
     "sv1k": (data.SHAREGPT4V_LISTS, read_sv1k, evaluate_retrieval),
-    "dci": ((DCI,), read_dci, evaluate_retrieval),  # as in FG-CLIP; dci-short: in LoTLIP and FLAIR
-    "dci-short": ((DCI,), partial(read_dci, with_short=True), evaluate_retrieval),
+    "dci": ((DCI,), read_dci, evaluate_retrieval),  # as in FG-CLIP
+    "dci-short": ((DCI,), partial(read_dci, keys=("short_caption", "extra_caption")),
+                  evaluate_retrieval),  # both captions, as in LoTLIP and FLAIR
     "coco": (("captions_val2017.json",), read_coco, evaluate_retrieval),
     "fgovd": (FGOVD_FILES["hard"], read_fgovd, evaluate_fine_grained),
 }
 BUILT_IN = [name for name, (paths, *_) in BENCHMARKS.items() if not paths]
 # Results of the paper, ViT-B/16, β = 0.5, K = 36; with a star, of the released checkpoint (CE) as
-# measured by others; on the scenes, of chance. In the order of METRICS.
+# measured by others; on the scenes, chance. In the order of METRICS.
 METRICS = ("T2I R@1", "I2T R@1", "hard", "medium", "easy", "trivial", "pointing")
-PUBLISHED = {
+REFERENCES = {
     "urban1k": ("CE 89.0, BCE 91.8", "CE 88.6, BCE 92.3"), "dci": ("CE 59.9, BCE 65.1", "BCE 63.6"),
     "sv1k": ("CE 93.7, BCE 94.4", "CE 94.0, BCE 94.1"), "coco": ("CE 33.2*", "CE 45.6*"),
-    "flickr30k": ("CE 64.0*", "CE 74.5*"), "docci": ("CE 67.9*", "CE 68.0*"),
     "fgovd": ("", "", "CE 30.9, BCE 20.1", "CE 55.4, BCE 38.5", "CE 60.4, BCE 34.2",
               "CE 80.3, BCE 71.3"),
     "scenes": ("", "", *["chance 9.1"] * 4, "chance 25.0")}
@@ -343,17 +339,16 @@ def load_benchmark(name: str, root: str | Path, columns: str | None = None) -> T
             where = f"{path}, row {len(checked) + 1} of the benchmark"
             if not row.texts or not all(isinstance(text, str) for text in row.texts):
                 raise InputError(f"{where}: there is no text for {row.image}")
-            is_box = row.box is None or (len(row.box) == 4 and min(row.box[2:]) > 0)
-            if not is_box or (row.box is not None and len(row.texts) < 2):
-                raise InputError(f"{where}: a bbox of positive size and a wrong text are needed")
+            has_area = row.box is None or (len(row.box) == 4 and min(row.box[2:]) > 0)
+            if not has_area or (row.box is not None and len(row.texts) < 2):
+                raise InputError(f"{where} needs a bbox of positive size and a wrong text")
             key = row.image if isinstance(row.image, str) else id(row.image)
             if isinstance(row.image, dict):
                 key = row.image["bytes"] or row.image["path"]
             index, _ = images.setdefault(key, (len(images), row.image))
             checked.append(row._replace(image=index))
-    except KeyError as error:
-        number = len(checked) + 1
-        raise InputError(f"{path}, row {number} of the benchmark: it has no {error}") from error
+    except KeyError as key:
+        raise InputError(f"{path}, row {len(checked) + 1} of the benchmark lacks {key}") from key
     if not checked:
         raise InputError(f"{path} has no rows")
     images = [image for _, image in images.values()]
@@ -362,8 +357,8 @@ def load_benchmark(name: str, root: str | Path, columns: str | None = None) -> T
     missing = [Path(root, name) for name, found in zip(names, exists, strict=True) if not found]
     if missing:
         folders = Counter(str(file.parent) for file in missing).items()
-        where = ", ".join(f"{count} in {folder}" for folder, count in folders)
-        raise InputError(f"{name}: {len(missing)} of {len(images)} images are missing ({where}), "
+        counts = ", ".join(f"{count} in {folder}" for folder, count in folders)
+        raise InputError(f"{name}: {len(missing)} of {len(images)} images are missing ({counts}), "
                          f"for instance {missing[0]}")
     images = [str(Path(root, image)) if isinstance(image, str) else image for image in images]
     empty = sum(not text.strip() for row in checked for text in row.texts)
@@ -392,13 +387,13 @@ def format_table(task: Task, scores_of_models: dict[str, Scores]) -> str:
     source = f" ({task.source})" if task.source else ""
     names = "".join(f"{name:>8}  " for name in scores_of_models)
     lines = [f"{task.name}{source}: {', '.join(counts)}", f"{'metric':<18}{names}reference"]
-    published = dict(zip(METRICS, PUBLISHED.get(Path(task.name).stem, ()), strict=False))
+    references = dict(zip(METRICS, REFERENCES.get(task.name, ()), strict=False))
     for metric in dict.fromkeys(itertools.chain(*scores_of_models.values())):
         line = f"{metric:<18}"
         for name, scores in scores_of_models.items():
             cell = f"{scores[metric]:.1f}" if metric in scores else ""
             line += f"{cell:>{max(8, len(name))}}  "
-        lines.append((line + published.get(metric, "")).rstrip())
+        lines.append((line + references.get(metric, "")).rstrip())
     return "\n".join(lines)
 
 
@@ -406,8 +401,8 @@ def format_table(task: Task, scores_of_models: dict[str, Scores]) -> str:
 @torch.no_grad()
 def compute_heatmaps(model: BetaCLIP, tokenizer: CLIPTokenizer, image: Any,
                      queries: list[str]) -> dict[str, Tensor]:
-    """Where a model finds Q queries in the centre of an image, which CLS sees: the "similarity" of
-    each patch, a cosine, and the "attention" of the pooler. [Q, side, side], on the CPU"""
+    """Where a model finds Q queries in the centre crop of an image: the "similarity" of each patch,
+    a cosine, and the "attention" of the pooler, if there is one; [Q, side, side] on the CPU."""
     pixels = data.to_pixels(open_rgb(image), model.image_size)[None].to(model.clip.device)
     patches = F.normalize(model.encode_image(pixels)[1], dim=-1)                    # [1, P, D]
     texts = embed_texts(model, tokenizer, queries)[None]                            # [1, Q, D]
@@ -424,30 +419,29 @@ def main(argv: list[str] | None = None) -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--bench", nargs="+", default=["scenes"], metavar="NAME", help=f"{', '.join(BENCHMARKS)}; "
-        "all, what is found under --root; or a file of images and captions (default: scenes)")
+        "all (scenes, and any under --root); a file of images and captions (default: scenes)")
     add("--ckpt", nargs="+", metavar="MODEL", help="runs, checkpoints of the authors, CLIPs on the "
         "hub or in a folder: a column each (default: the latest run under runs/)")
     add("--root", default="data", help="folder of the benchmarks and images (default: data)")
     add("--columns", metavar="IMAGE,CAPTION", help="the names of the columns of a file")
-    add("--conditioned", action="store_true", help="also text-conditioned retrieval, by the pooler")
+    add("--conditioned", action="store_true", help="add text-conditioned retrieval, by the pooler")
     add("--json", metavar="FILE", help="also write the scores to a file")
     args = parser.parse_args(argv)
     runs = sorted(Path("runs").glob("*/hf/config.json"), key=lambda path: path.stat().st_mtime)
     if not args.ckpt and not runs:
         raise InputError("there is no run under runs/: pass --ckpt, or run train.py")
     sources = args.ckpt or [str(runs[-1].parents[1])]
-    models = {source: load(source) for source in sources}
-    for source, (model, _) in models.items():
+    loaded = {source: load(source) for source in sources}
+    for source, (model, _) in loaded.items():
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         if model.new_parameters:
-            print(f"{source} lacks {', '.join(model.new_parameters)}: as built", file=sys.stderr)
-    names = []
-    for name in args.bench:
-        names += [*BUILT_IN, *find_benchmarks(args.root)] if name == "all" else [name]
+            print(f"{source} lacks {', '.join(model.new_parameters)}: untrained", file=sys.stderr)
+    everything = [*BUILT_IN, *find_benchmarks(args.root)]
+    names = itertools.chain(*[everything if name == "all" else [name] for name in args.bench])
     records = []
     for task in [load_benchmark(name, args.root, args.columns) for name in dict.fromkeys(names)]:
         scores_of_models = {source: evaluate(*model, task, args.conditioned)
-                            for source, model in models.items()}
+                            for source, model in loaded.items()}
         print(format_table(task, scores_of_models), flush=True)
         about = {"benchmark": task.name, "split": task.source} | task.counts()
         records += [about | {"model": source, "metric": metric, "score": score}

@@ -18,7 +18,7 @@ Notation. B images have N queries (captions, sentences, phrases) in one flat lis
            where K is the largest number of queries of an image
 
 L_clip is CE with one query per image and β = 0. `dense_beta_cal` in tests/test_loss.py is this
-definition in plain PyTorch. Here is no [N, N] matrix, and several GPUs may share the work.
+definition in plain PyTorch. This code needs no [N, N] matrix, and can use several GPUs.
 """
 
 import os
@@ -37,8 +37,8 @@ ROWS_PER_TILE = 512  # rows of the logit matrix that are in memory at a time
 def clip_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     """L_clip, the symmetric InfoNCE of images and captions over the batches of all ranks: a scalar.
     image, text: [B, D], not normalised; scale: exp(logit scale)."""
-    one_query_each = torch.arange(len(image))
-    return beta_cal(image, text, one_query_each, scale, beta=0, form="ce", global_negatives=True)
+    image_of_caption = torch.arange(len(image))
+    return beta_cal(image, text, image_of_caption, scale, beta=0, global_negatives=True)
 
 
 def beta_cal(visual: Tensor, text: Tensor, image_of_query: Tensor, scale: Tensor, beta: float,
@@ -46,29 +46,29 @@ def beta_cal(visual: Tensor, text: Tensor, image_of_query: Tensor, scale: Tensor
     """β-Contextualized Contrastive Alignment, as this module's docstring defines it: a scalar.
 
     visual, text:     [N, D], not normalised; normalised here, in float32
-    image_of_query:   [N] index of each query's image, sorted; on the CPU, where reading it does
-                      not wait for the GPU
+    image_of_query:   [N] index of each query's image, sorted, without gaps; on the CPU, where
+                      reading it does not wait for the GPU
     scale:            exp(logit scale) of the pooler
     beta:             weight of siblings as positives, 0 … 1
     form:             "ce" or "bce"
-    global_negatives: contrast with the queries of all ranks (not, as in the paper, of this rank
-                      alone): the mean over ranks, as DDP takes it, is that of the whole batch
+    global_negatives: contrast with the queries of all ranks, so that DDP's mean over ranks is the
+                      loss of the whole batch; the paper contrasts only those of this rank
     """
     if form not in ("ce", "bce"):
         raise ValueError(f"form {form!r}: choose 'ce' or 'bce'")
     visual = scale * normalize_fp32(visual)                                         # [N, D] s · v
     text = normalize_fp32(text)                                                     # [N, D]
     queries_per_image = image_of_query.bincount()                                   # [B]
-    here = torch.tensor([[len(text), len(queries_per_image), queries_per_image.max()]])
-    everywhere = all_gather(here) if global_negatives else here                     # [ranks, 3]
-    queries_per_rank = everywhere[:, 0].tolist()
+    sizes = torch.tensor([[len(text), len(queries_per_image), queries_per_image.max()]])
+    all_sizes = all_gather(sizes) if global_negatives else sizes                    # [ranks, 3]
+    queries_per_rank, images_per_rank, most_queries = all_sizes.T.tolist()
     if form == "ce":
         losses = ce_per_query(visual, text, image_of_query, beta, queries_per_rank)     # [N]
         denominator = 2 * sum(queries_per_rank)
     else:
         losses = bce_per_query(visual, text, image_of_query, beta, queries_per_rank)    # [N]
-        denominator = (everywhere[:, 1].sum() * everywhere[:, 2].max()) ** 2            # (B · K)²
-    # the definition adds up over ranks, of which DDP takes the mean
+        denominator = (sum(images_per_rank) * max(most_queries)) ** 2                   # (B · K)²
+    # the definition sums over ranks, but DDP averages over them
     return len(queries_per_rank) * losses.sum() / denominator
 
 
@@ -83,22 +83,22 @@ def ce_per_query(visual: Tensor, text: Tensor, image_of_query: Tensor, beta: flo
     siblings = image_of_query.bincount() - 1                                        # [B]
     image_of_query = image_of_query.to(visual.device, non_blocking=True)
     total_weight = (1 + beta * siblings.to(visual, non_blocking=True))[image_of_query]  # [N]
-    no_sums = visual.new_zeros(len(siblings), visual.shape[1])                      # [B, D]
-    visual_sum = no_sums.index_add(0, image_of_query, visual)[image_of_query]       # [N, D]
-    text_sum = no_sums.index_add(0, image_of_query, text)[image_of_query]           # [N, D]
+    zeros = visual.new_zeros(len(siblings), visual.shape[1])                        # [B, D]
+    visual_sum = zeros.index_add(0, image_of_query, visual)[image_of_query]         # [N, D]
+    text_sum = zeros.index_add(0, image_of_query, text)[image_of_query]             # [N, D]
     diagonal = (visual * text).sum(dim=1)                                           # [N] l[i, i]
-    image_target = (1 - beta) * diagonal + beta * (visual * text_sum).sum(dim=1)    # [N]
+    visual_target = (1 - beta) * diagonal + beta * (visual * text_sum).sum(dim=1)   # [N]
     text_target = (1 - beta) * diagonal + beta * (visual_sum * text).sum(dim=1)     # [N]
     over_texts, over_visuals = two_sided_logsumexp(visual, text, queries_per_rank)  # [N], [N]
-    return over_texts - image_target / total_weight + over_visuals - text_target / total_weight
+    return over_texts + over_visuals - (visual_target + text_target) / total_weight
 
 
 def bce_per_query(visual: Tensor, text: Tensor, image_of_query: Tensor, beta: float,
                   queries_per_rank: list[int]) -> Tensor:
     """BCE of each query, the sum over its row: [N]. visual: [N, D], times the scale
 
-    First all pairs count as negatives. Then the pairs of the same image, few logits in a padded
-    [B, K, K] array, are corrected: plus w[i, j] · softplus(-l[i, j]), minus softplus(l[i, j]).
+    First all pairs count as negatives. Then the few pairs of the same image, in a padded [B, K, K]
+    array, are corrected: plus w[i, j] · softplus(-l[i, j]), minus softplus(l[i, j]).
     """
     all_texts = all_gather_ragged(text, queries_per_rank)                           # [all N, D]
 
@@ -117,12 +117,12 @@ def bce_per_query(visual: Tensor, text: Tensor, image_of_query: Tensor, beta: fl
 
 
 def grid_index(image_of_query: Tensor, device: torch.device) -> tuple[tuple[Tensor, Tensor], int]:
-    """Where queries stand in a padded [B, K] grid, so that grid[index] has N rows: the image of
-    each [N] and its number there [N]; and K, the largest number of queries of an image."""
+    """The index of N queries in a padded [B, K] grid, (image [N], place in the image [N]), by which
+    grid[index] has N rows; and K, the largest number of queries of an image."""
     queries_per_image = image_of_query.bincount()                                   # [B]
     first_query = queries_per_image.cumsum(0) - queries_per_image                   # [B]
-    number = torch.arange(len(image_of_query)) - first_query[image_of_query]        # [N]
-    index = (image_of_query.to(device, non_blocking=True), number.to(device, non_blocking=True))
+    place = torch.arange(len(image_of_query)) - first_query[image_of_query]         # [N]
+    index = (image_of_query.to(device, non_blocking=True), place.to(device, non_blocking=True))
     return index, int(queries_per_image.max())
 
 
@@ -133,33 +133,34 @@ def normalize_fp32(x: Tensor) -> Tensor:
 
 # ---- tiles ---------------------------------------------------------------------------------------
 def map_tiles(function: Callable, rows: Tensor) -> list:
-    """Apply a function to ROWS_PER_TILE rows at a time: a list. It is applied again in the backward
-    pass, so that never more than one tile of logits is in memory."""
+    """Apply a function to ROWS_PER_TILE rows at a time, and list the results. The backward pass
+    applies it again, so that at most one tile of logits is in memory."""
     return [checkpoint(function, tile, use_reentrant=False, preserve_rng_state=False)
             for tile in rows.split(ROWS_PER_TILE)]
 
 
 def two_sided_logsumexp(visual: Tensor, text: Tensor,
                         queries_per_rank: list[int]) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp of the logits: of each visual of this rank over the texts of all ranks [n], and
-    of each text of this rank over the visuals of all ranks [n]. visual, text: [n, D]"""
-    all_texts = all_gather_ragged(text, queries_per_rank)                           # [N, D]
+    """Log-sum-exp of the logits: of each visual of this rank over the texts of all ranks [N], and
+    of each text of this rank over the visuals of all ranks [N]. visual, text: [N, D]"""
+    all_texts = all_gather_ragged(text, queries_per_rank)                           # [all N, D]
 
     def of_tile(tile: Tensor) -> tuple[Tensor, Tensor]:
-        logits = tile @ all_texts.T                                                 # [tile, N]
+        logits = tile @ all_texts.T                                                 # [tile, all N]
         return logits.logsumexp(dim=1), logits.logsumexp(dim=0)
 
     over_texts, over_tiles = zip(*map_tiles(of_tile, visual), strict=True)
-    over_visuals = torch.stack(over_tiles).logsumexp(dim=0)                         # [N]
+    # the log-sum-exp over all visuals is that of the log-sum-exps over each tile of them
+    over_visuals = torch.stack(over_tiles).logsumexp(dim=0)                         # [all N]
     if len(queries_per_rank) > 1:
-        over_visuals = all_gather(over_visuals[None]).logsumexp(dim=0)              # [N]
-        over_visuals = over_visuals.split(queries_per_rank)[rank()]                 # [n]
+        over_visuals = all_gather(over_visuals[None]).logsumexp(dim=0)              # [all N]
+        over_visuals = over_visuals.split(queries_per_rank)[rank()]                 # [N]
     return torch.cat(over_texts), over_visuals
 
 
 # ---- processes -----------------------------------------------------------------------------------
 def join_processes() -> torch.device:
-    """Join the processes that torchrun started, if it did. Returns this process's device."""
+    """Choose this process's device, and join the other processes, if torchrun started any."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -169,7 +170,7 @@ def join_processes() -> torch.device:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         # small tensors on the CPU travel by gloo, so that no process waits for its GPU
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        dist.init_process_group(backend, timeout=timedelta(hours=3))
     return device
 
 
@@ -184,7 +185,7 @@ def world_size() -> int:
 
 
 def barrier() -> None:
-    """Wait until all processes are here; on a CPU's tensor, so that no GPU is waited for."""
+    """Wait until all processes are here (with a CPU tensor, so as not to wait for the GPU)."""
     if dist.is_initialized():
         dist.all_reduce(torch.zeros(1))
 
@@ -214,7 +215,7 @@ def all_gather(x: Tensor) -> Tensor:
 
 def all_gather_ragged(x: Tensor, rows_per_rank: list[int]) -> Tensor:
     """Like `all_gather`, for ranks with different numbers of rows: [n, D] -> [sum of rows, D]. If
-    rows_per_rank has one entry, this rank is taken alone."""
+    rows_per_rank has one entry, x is returned as it is."""
     if len(rows_per_rank) == 1:
         return x
     most = max(rows_per_rank)

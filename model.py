@@ -2,9 +2,9 @@
 text-conditioned patch pooler.
 
 At test time it is an ordinary CLIP that compares `cls` with `text`. The patch embeddings are used
-for fine-grained tasks; the pooler is a device for training.
+for fine-grained tasks; the pooler only serves training.
 
-Shapes. B images of P patches; N texts, of which n differ, with T tokens in all; embeddings are D
+Shapes. B images of P patches; N texts, n of them distinct, with T tokens in all; embeddings are D
 wide, the layers of an encoder C wide, with H heads.
 """
 
@@ -44,31 +44,29 @@ FROZEN_POSITIONS = 20  # the first text positions keep CLIP's values (as in Long
 OPENAI = "openai/clip-vit-base-patch16"  # its tokenizer is that of all of OpenAI's CLIPs
 QUOTES = {"’": "'", "‘": "'", "“": '"', "”": '"'}  # OpenAI's own tokenizer straightens them
 POOLER_FILE = "pooler.safetensors"
-NEW = "model."  # in this file, parameters that are new have this prefix, the pooler's have none
+NEW_PREFIX = "model."  # of new parameters in POOLER_FILE; those of the pooler have no prefix
 POSITIONS = "clip.text_model.embeddings.position_embedding."
 LIBRARY_ERRORS = (OSError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError,
                   RuntimeError, ImportError, EOFError, pickle.UnpicklingError, SafetensorError,
                   StrictDataclassError)  # what libraries raise for bad files
-
-# of the GPU: bf16 and varlen_attn need (8, 0), Ampere; a test may set another value
+# bf16 and varlen_attn need (8, 0), Ampere; a test may set another value
 GPU_CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
 
 
 class BetaCLIP(nn.Module):
-    """A CLIP, changed in place, with a patch pooler. Images are normalised by mean and std, of each
-    colour channel (0 … 1). A parameter that you add is trained and saved with the pooler."""
+    """A CLIP, changed in place, with a patch pooler. Images are normalised by the mean and std of
+    each colour channel (0 … 1). A parameter that you add is trained and saved like the pooler's."""
 
     def __init__(self, clip: CLIPModel, mean: list[float] = OPENAI_CLIP_MEAN,
                  std: list[float] = OPENAI_CLIP_STD) -> None:
         super().__init__()
         embeddings = clip.text_model.embeddings
         positions = embeddings.position_embedding.weight.data
-        if len(positions) == 77:
+        if len(positions) != CONTEXT:
             positions = stretch_positions(positions)
         embeddings.position_embedding = TextPositions(positions)
-        self.context = len(positions)
-        clip.config.text_config.max_position_embeddings = self.context
-        self.stock_names = set(clip.state_dict(prefix="clip."))  # all else is new, or the pooler's
+        clip.config.text_config.max_position_embeddings = CONTEXT
+        self.stock_names = set(clip.state_dict(prefix="clip."))  # the rest is new, or the pooler's
 
         self.clip = clip
         self.pooler = PatchPooler(clip.config.projection_dim)
@@ -88,7 +86,7 @@ class BetaCLIP(nn.Module):
 
     def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images [B, 3, height, width], uint8, or float and normalised already. Returns cls
-        [B, D], CLIP's image embedding, and patches [B, P, D], row by row, of any length."""
+        [B, D], CLIP's image embedding, and patches [B, P, D], row by row, not normalised."""
         if pixels.dtype == torch.uint8:
             mean, std = self.mean_and_std[:, :, None, None]                         # [3, 1, 1] each
             pixels = (pixels.float() / 255 - mean) / std
@@ -96,26 +94,26 @@ class BetaCLIP(nn.Module):
         x = vision.pre_layrnorm(vision.embeddings(pixels))                          # [B, 1 + P, C]
         *layers, last_layer = vision.encoder.layers
         for layer in layers:
-            x = self.call(layer, x, None)  # None: no attention mask
+            x = self.run_layer(layer, x, None)  # None: no attention mask
         x = value_only_layer(last_layer, x)
         x = self.clip.visual_projection(vision.post_layernorm(x))                   # [B, 1 + P, D]
         return x[:, 0], x[:, 1:]
 
     def encode_text(self, texts: PackedTexts) -> Tensor:
-        """Encode N texts, of any length, by the final states of their last tokens, EOS: [N, D]."""
+        """Encode N texts by the final state of their last token, EOS: [N, D], not normalised."""
         text_model = self.clip.text_model
         embeddings = text_model.embeddings
         x = embeddings.token_embedding(texts.tokens)                                # [T, C]
         x = x + embeddings.position_embedding(texts.positions)
         *layers, last_layer = text_model.encoder.layers
         for layer in layers:
-            x = self.call(text_layer, layer, x, texts)
+            x = self.run_layer(text_layer, layer, x, texts)
         x = text_layer(last_layer, x, texts, only_eos=True)                         # [n, C]
         x = self.clip.text_projection(text_model.final_layer_norm(x))               # [n, D]
         return x[texts.distinct]                                                    # [N, D]
 
-    def call(self, function: Callable, *args: object) -> Tensor:
-        """Call all layers but the last; train.py may set another way, gradient checkpointing."""
+    def run_layer(self, function: Callable, *args: object) -> Tensor:
+        """Call a layer, but not the last; train.py may wrap this in gradient checkpointing."""
         return function(*args)
 
     def freeze(self, encoder: str) -> None:
@@ -126,8 +124,8 @@ class BetaCLIP(nn.Module):
 
 
 def stretch_positions(weight: Tensor) -> Tensor:
-    """Interpolate text positions (Long-CLIP): [77, C] -> [248, C]. The first 20 rows stay. Another
-    becomes four, from itself towards the next row; the last goes on in its previous direction."""
+    """Interpolate text positions (Long-CLIP): [77, C] -> [248, C]. The first 20 rows stay. Each
+    later one becomes four, itself and three steps to the next; the last is extrapolated."""
     rest = weight[FROZEN_POSITIONS:]                                                # [57, C]
     to_next = rest.diff(dim=0)                                                      # [56, C]
     to_next = torch.cat([to_next, to_next[-1:]])                                    # [57, C]
@@ -172,8 +170,8 @@ class PatchPooler(nn.Module):
         text = F.normalize(text, dim=-1)
         patches = F.normalize(patches, dim=-1)
         # attention takes the queries of each image from a padded grid, of at most K per image
-        index, most = grid_index(image_of_query, patches.device)
-        grid = text.new_zeros(len(patches), most, text.shape[1])                    # [B, K, D]
+        index, k = grid_index(image_of_query, patches.device)
+        grid = text.new_zeros(len(patches), k, text.shape[1])                       # [B, K, D]
         grid = grid.index_put(index, text)
         attended, _ = self.attn(grid, patches, patches, need_weights=False)         # [B, K, D]
         attended = attended[index]                                                  # [N, D]
@@ -226,21 +224,21 @@ def pack(texts: list[list[int]]) -> PackedTexts:
 
 
 def text_layer(layer: nn.Module, x: Tensor, texts: PackedTexts, only_eos: bool = False) -> Tensor:
-    """A layer of the text encoder, [T, C] -> [T, C], which computes what its own `forward` does for
-    each text by itself; or, for the last layer, only for the EOS tokens, which are read: [n, C]."""
+    """Apply a layer of the text encoder to each of the packed texts, [T, C] -> [T, C], as its own
+    `forward` does to one text; if only_eos, return just its output for the EOS tokens, [n, C]."""
     attn = layer.self_attn
     h = layer.layer_norm1(x)
-    asking = texts.offsets[1:] - 1 if only_eos else slice(None)                     # [n] EOS
-    query = attn.q_proj(h[asking])                                                  # [T or n, C]
+    rows = texts.offsets[1:] - 1 if only_eos else slice(None)           # those of EOS, or all
+    query = attn.q_proj(h[rows])                                                    # [T or n, C]
     attended = attend(query, attn.k_proj(h), attn.v_proj(h), attn.num_heads, texts, only_eos)
-    x = x[asking] + attn.out_proj(attended)
+    x = x[rows] + attn.out_proj(attended)
     return x + layer.mlp(layer.layer_norm2(x))
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int, texts: PackedTexts,
            only_eos: bool) -> Tensor:
-    """Attention within each of the packed texts, to the tokens up to the own one: [T, C]; or, if
-    only_eos, of the last tokens, the only ones in query: [n, C]."""
+    """Causal attention within each of the packed texts: [T, C]; or, if only_eos, attention from the
+    last tokens, the only ones in query: [n, C]."""
     query, key, value = (x.unflatten(1, (num_heads, -1)) for x in (query, key, value))  # [T, H, …]
     if query.is_cuda and query.dtype != torch.float32 and GPU_CAPABILITY >= (8, 0):
         starts = texts.offsets  # FlashAttention takes packed texts as they are
@@ -248,8 +246,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int, texts: Pac
         if not only_eos:  # any number of tokens to the left, none to the right
             return varlen_attn(query, key, value, starts, starts, longest, longest,
                                window_size=(-1, 0)).flatten(1)
-        each = torch.arange(len(starts), device=query.device, dtype=torch.int32)
-        return varlen_attn(query, key, value, each, starts, 1, longest).flatten(1)
+        one_each = torch.arange(len(starts), device=query.device, dtype=torch.int32)
+        return varlen_attn(query, key, value, one_each, starts, 1, longest).flatten(1)
 
     # texts of equal length stand side by side, so that they are a dense batch
     counts = [count for _, count in texts.groups]
@@ -265,12 +263,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int, texts: Pac
 
 # ---- loading -------------------------------------------------------------------------------------
 class InputError(ValueError):
-    """An error in what the user gave. It says what is wrong, where, and what to do."""
+    """An error in the user's input. It says what is wrong, where, and what to do."""
 
 
 @contextlib.contextmanager
 def library_call(problem: str, *more_errors: type[Exception]) -> Iterator[None]:
-    """Around the call of a library, and no code of ours, on what the user gave."""
+    """Turn the errors of a library that is called on the user's input into InputErrors."""
     try:
         yield
     except (*LIBRARY_ERRORS, *more_errors) as error:
@@ -280,7 +278,7 @@ def library_call(problem: str, *more_errors: type[Exception]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def command_line() -> Iterator[None]:
-    """Around a program: an InputError ends it with one line; transformers prints nothing else."""
+    """Run a program: an InputError ends it with one line, and transformers prints only errors."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     for stream in (sys.stdout, sys.stderr):
@@ -295,19 +293,18 @@ def command_line() -> Iterator[None]:
 
 
 def load(source: str | Path) -> tuple[BetaCLIP, CLIPTokenizer]:
-    """Load a model, on the CPU and in eval mode, and its tokenizer: a run, a checkpoint file of the
-    authors, or a CLIP in a folder or on the hub. Raises InputError."""
+    """Load a model, on the CPU and in eval mode, and its tokenizer from a run, a checkpoint file of
+    the authors, or a CLIP in a folder or on the hub. Raises InputError."""
     folder = Path(source, "hf") if Path(source, "hf").is_dir() else source
     if Path(source).is_file():
         model = from_authors(read_checkpoint(source, "state_dict")["state_dict"], str(source))
-        beside = Path(source).parent
-        folder = beside if (beside / "tokenizer_config.json").is_file() else OPENAI
+        folder = OPENAI
     else:
         model = from_folder(folder)
     with library_call(f"{folder}: the tokenizer cannot be loaded"):
         tokenizer = CLIPTokenizer.from_pretrained(folder)
     vocab_size = model.clip.config.text_config.vocab_size
-    if not 256 < len(tokenizer) <= vocab_size:  # without files, transformers makes one of 3 tokens
+    if not 256 < len(tokenizer) <= vocab_size:  # lacking files, transformers makes a 3-token one
         raise InputError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, not {vocab_size}")
     tokenizer.backend_tokenizer.no_truncation()  # these settings may have been saved with it
     tokenizer.backend_tokenizer.no_padding()
@@ -326,7 +323,7 @@ def straighten_quotes(tokenizer: CLIPTokenizer) -> CLIPTokenizer:
 def build_small_model(tokenizer: CLIPTokenizer, size: int) -> BetaCLIP:
     """A small model with random weights, for images of `size` pixels."""
     encoder = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4}
-    vision = encoder | {"num_hidden_layers": 3, "image_size": size, "patch_size": 8}
+    vision = encoder | {"num_hidden_layers": 3, "image_size": size, "patch_size": 16}
     text = encoder | {"num_hidden_layers": 2, "vocab_size": len(tokenizer)}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         text[name] = getattr(tokenizer, name)
@@ -341,7 +338,10 @@ def from_folder(source: str | Path) -> BetaCLIP:
             source, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True)
     missing = sorted(report["missing_keys"])
     if missing:
-        raise InputError(f"{source} is not a whole CLIP: it lacks {missing[0]}, of {len(missing)}")
+        raise InputError(f"{source} is no whole CLIP: it lacks {len(missing)}, e.g. {missing[0]}")
+    positions = clip.config.text_config.max_position_embeddings
+    if positions not in (77, CONTEXT):
+        raise InputError(f"{source} has {positions} text positions, not 77 or {CONTEXT}")
     folder = Path(source)
     processor_files = ["preprocessor_config.json", "processor_config.json"]
     with library_call(f"{source}: cannot be read"):
@@ -352,29 +352,29 @@ def from_folder(source: str | Path) -> BetaCLIP:
             processor = CLIPImageProcessor.from_pretrained(folder)
             statistics = [processor.image_mean, processor.image_std]
         pooler_file = Path(folder, POOLER_FILE)
-        saved_beside = load_file(pooler_file) if pooler_file.is_file() else {}
+        extra_state = load_file(pooler_file) if pooler_file.is_file() else {}
 
     model = BetaCLIP(clip, *statistics)
     state = model.state_dict()
-    loaded = {name: state[name] for name in model.stock_names}
-    for name, tensor in saved_beside.items():
-        is_new = name.startswith(NEW)
-        loaded[name.removeprefix(NEW) if is_new else f"pooler.{name}"] = tensor
+    loaded = {name: state[name] for name in model.stock_names}  # these are in place
+    for name, tensor in extra_state.items():
+        is_new = name.startswith(NEW_PREFIX)
+        loaded[name.removeprefix(NEW_PREFIX) if is_new else f"pooler.{name}"] = tensor
     model.use_pooler = any(name.startswith("pooler.") for name in loaded)
     load_weights(model, loaded, source)
     return model
 
 
 def load_weights(model: BetaCLIP, state: dict[str, Tensor], source: str | Path) -> None:
-    """Load all weights of a checkpoint. A parameter that is not in it, nor in a stock CLIP, stays
-    as it was built, and is named in model.new_parameters. Raises InputError if they do not fit."""
+    """Load all weights of a checkpoint. A parameter that neither it nor a stock CLIP has keeps its
+    initial value, and is in model.new_parameters. Raises InputError if the weights do not fit."""
     with library_call(f"{source}: the weights do not fit"):
         missing, unknown = model.load_state_dict(state, strict=False)
     model.new_parameters = [name for name in missing if name not in model.stock_names
                             and (model.use_pooler or not name.startswith("pooler."))]
     wrong = unknown + [name for name in missing if name in model.stock_names]
     if wrong:
-        raise InputError(f"{source}: checkpoint and model do not both have {', '.join(wrong[:3])}")
+        raise InputError(f"{source}: missing or unknown weights: {', '.join(wrong[:3])}")
 
 
 # ---- the authors' format -------------------------------------------------------------------------
@@ -414,21 +414,23 @@ def from_authors(state_dict: dict[str, Tensor], source: str = "the checkpoint") 
     theirs = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
     width = len(theirs.get("image_projection", []))
     if width not in AUTHORS_CONFIGS:
-        raise InputError(f"{source} is not a ViT-B/16 of the authors")
-    theirs["visual.cls_token"] = theirs["visual.cls_token"].flatten()               # of [1, 1, C]
-    theirs["visual.pos_embed"] = theirs["visual.pos_embed"][0]                  # of [1, 1 + P, C]
+        raise InputError(f"{source} is not the authors' ViT-B/16")
+    theirs["visual.cls_token"] = theirs["visual.cls_token"].flatten()              # was [1, 1, C]
+    theirs["visual.pos_embed"] = theirs["visual.pos_embed"][0]                 # was [1, 1 + P, C]
     for name in ("image_projection", "text_projection"):
-        theirs[name] = theirs[name].T  # they compute x @ P
-    # both have 248 rows, of which these are in use
+        theirs[name] = theirs[name].T  # they compute x @ W
+    # both have 248 rows, of which only these are used
     theirs["positional_embedding"] = theirs["positional_embedding"][:FROZEN_POSITIONS]
     theirs["positional_embedding_res"] = theirs["positional_embedding_res"][FROZEN_POSITIONS:]
     ours = {}
     for name, tensor in theirs.items():
         for pattern, replacement in AUTHORS_RENAMES:
             name = re.sub(pattern, replacement, name)
-        names = [name.replace("qkv", f"{letter}_proj") for letter in "qkv"]
-        chunks = tensor.chunk(3) if ".qkv." in name else [tensor]  # q, k and v in one tensor
-        ours |= dict(zip(names, chunks, strict=False))
+        if ".qkv." in name:  # q, k and v in one tensor
+            for letter, chunk in zip("qkv", tensor.chunk(3), strict=True):
+                ours[name.replace("qkv", f"{letter}_proj")] = chunk
+        else:
+            ours[name] = tensor
     model = BetaCLIP(CLIPModel(CLIPConfig(**AUTHORS_CONFIGS[width])))
     model.use_pooler = True
     load_weights(model, ours, source)
@@ -444,7 +446,7 @@ tags: [clip, beta-clip, long-text, fine-grained]
 ---
 # β-CLIP
 
-A CLIP with a {context}-token text encoder, fine-tuned from {base} with
+A CLIP with a {context}-token text encoder, trained from {base} with
 [β-CLIP](https://arxiv.org/abs/2512.12678) by `{command}`. Results in %:
 
 ```
@@ -460,45 +462,45 @@ from transformers import CLIPModel, CLIPProcessor
 model = CLIPModel.from_pretrained("{folder}")  # on the hub: OWNER/NAME
 processor = CLIPProcessor.from_pretrained("{folder}")
 inputs = processor(text=["a red picture", "a blue picture"], return_tensors="pt", padding=True)
-print(model.get_text_features(**inputs))  # of up to {context} tokens; images likewise
+print(model.get_text_features(**inputs))  # texts may have {context} tokens
 ```
 """
 
 
 def export(model: BetaCLIP, tokenizer: CLIPTokenizer, folder: Path, base: str = "",
            command: str = "", results: str = "") -> None:
-    """Write a folder that stock transformers loads, and what a stock CLIP lacks, the pooler and new
-    parameters, to pooler.safetensors. The strings are for the model card. Raises InputError."""
+    """Write a folder for stock transformers. Its pooler.safetensors has what stock CLIPs lack: the
+    pooler and new parameters. The strings are for the model card. Raises InputError."""
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     clip_state = {name.removeprefix("clip."): state.pop(name) for name in model.stock_names}
     position = POSITIONS.removeprefix("clip.")
     clip_state[f"{position}weight"] = torch.cat(
         [clip_state.pop(f"{position}frozen"), clip_state.pop(f"{position}learned")])
-    save_beside = {}
+    extra_state = {}
     for name, tensor in state.items():
         if not name.startswith("pooler."):
-            save_beside[NEW + name] = tensor
+            extra_state[NEW_PREFIX + name] = tensor
         elif model.use_pooler:
-            save_beside[name.removeprefix("pooler.")] = tensor
-    # OpenAI's configs name another token, 2, by which transformers means the highest id of a text
+            extra_state[name.removeprefix("pooler.")] = tensor
+    # OpenAI's configs have 2 instead, which transformers takes to mean a text's highest id
     model.clip.config.text_config.eos_token_id = tokenizer.eos_token_id
-    tokenizer.model_max_length = model.context
+    tokenizer.model_max_length = CONTEXT
     mean, std = model.mean_and_std.tolist()
-    images = CLIPImageProcessor(size=model.image_size, crop_size=model.image_size,
-                                image_mean=mean, image_std=std)
+    processor = CLIPImageProcessor(size=model.image_size, crop_size=model.image_size,
+                                   image_mean=mean, image_std=std)
     card = MODEL_CARD.format(base=base, folder=folder, command=command, results=results,
-                                 context=model.context)
+                             context=CONTEXT)
     with library_call(f"{folder} cannot be written"):
         model.clip.save_pretrained(folder, state_dict=clip_state)
-        if save_beside:
-            save_file(save_beside, folder / POOLER_FILE)
-        CLIPProcessor(images, tokenizer).save_pretrained(folder)
-        images.save_pretrained(folder)  # this and the next line are for transformers 4
+        if extra_state:
+            save_file(extra_state, folder / POOLER_FILE)
+        CLIPProcessor(processor, tokenizer).save_pretrained(folder)
+        processor.save_pretrained(folder)  # this and the next line are for transformers 4
         tokenizer.backend_tokenizer.model.save(str(folder))
-        # CLIPTokenizer would replace the normalizer in tokenizer.json, this class takes it
+        # unlike CLIPTokenizer, the class set here keeps the normalizer in tokenizer.json
         file = folder / "tokenizer_config.json"
         config = json.loads(file.read_text(encoding="utf-8"))
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        config["model_input_names"] = ["input_ids", "attention_mask"]  # of this class, for CLIP
+        config["model_input_names"] = ["input_ids", "attention_mask"]  # all that CLIP takes
         file.write_text(json.dumps(config), encoding="utf-8")
         (folder / "README.md").write_text(card, encoding="utf-8")

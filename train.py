@@ -1,7 +1,7 @@
 """Train β-CLIP.
 
-    torchrun train.py --beta 0.5                       # on the scenes; also without torchrun or GPU
-    torchrun --nproc_per_node 4 train.py --beta 0.5 --data sharegpt4v --root DIR    # as the paper
+    torchrun train.py --beta 0.5                       # on the scenes; torchrun, GPU are optional
+    torchrun --nproc_per_node 4 train.py --beta 0.5 --data sharegpt4v --root DIR    # the paper's
     torchrun train.py --data pairs.jsonl --root IMAGES --val val.jsonl              # your own data
 
 A run writes checkpoint.pt, log.jsonl, eval.json, and hf/, the model for stock transformers, to the
@@ -52,9 +52,9 @@ FLAGS = {  # name: type or choices, default or (default on scenes, that of the p
     "columns": (str, None, "IMAGE,CAPTION: the names of the columns of --data and --val"),
     "root": (str, "data", "the folder of images and benchmarks"),
     "val": (str, None, "a file, a folder, or a data set on the hub, to evaluate retrieval on"),
-    "model": (str, ("scratch", "openai/clip-vit-base-patch16"), "scratch, or as eval.py --ckpt"),
+    "model": (str, ("scratch", "openai/clip-vit-base-patch16"), "scratch or any eval.py --ckpt"),
     "freeze": (("image", "text"), None, "an encoder that is not trained"),
-    "batch-size": (int, (64, 64), "images per process and micro-step"),
+    "batch-size": (int, 64, "images per process and micro-step"),
     "accum": (int, (1, 8), "micro-steps per step"),
     "epochs": (float, (1.0, 10.0), "length of the run"),
     "max-steps": (int, None, "length of the run in steps, if that is shorter"),
@@ -62,11 +62,10 @@ FLAGS = {  # name: type or choices, default or (default on scenes, that of the p
     "lr-pooler": (float, 1e-3, "peak rate of the pooler and of new parameters"),
     "warmup": (float, (0.05, 0.01), "epochs in which lr rises; at most a tenth of the run"),
     "wd": (float, 0.01, "weight decay of matrices"),
-    "max-norm": (float, math.inf, "clip the norm of the gradient"),
     "amp": (("bf16", "fp16", "off"), None, "default: bf16, or fp16 before Ampere; off on a CPU"),
     "grad-checkpointing": (bool, False, "save memory: recompute layers in the backward pass"),
     "workers": (int, (1, 8), "processes that load data"),
-    "seed": (int, 0, "of weights, crops, sentences, and the order of samples"),
+    "seed": (int, 0, "decides weights, crops, sentences, and the order of samples"),
     "out": (str, None, "the run's folder (default: runs/DATA-CAL-betaB-seedS)"),
     "save-every": (int, 500, "steps between checkpoints; there is one after each epoch, too"),
     "eval-every": (float, 1.0, "epochs between evaluations"),
@@ -75,7 +74,7 @@ MAY_BE_ZERO = {"beta", "cal_weight", "sentences", "phrases", "lr", "lr_pooler", 
                "workers", "seed"}
 MAY_CHANGE_ON_RESUME = {"command", "out", "root", "val", "workers", "save_every", "eval_every",
                         "grad_checkpointing"}
-FILES = ("train.py", "model.py", "loss.py", "data.py", "eval.py")
+CODE_FILES = ("train.py", "model.py", "loss.py", "data.py", "eval.py")
 LOG_EVERY = 10  # steps
 MAX_BAD_STEPS = {"off": 3, "bf16": 3, "fp16": 20}  # in a row; fp16 needs some to find its scale
 LOADER_TIMEOUT = 300  # seconds that a step waits for a batch
@@ -99,7 +98,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if isinstance(value, tuple):
             value = value[0] if args.data == "scenes" else value[1]
             setattr(args, name, value)
-        highest = {"beta": 1, "max_norm": math.inf}.get(name, 2**63)
+        highest = 1 if name == "beta" else 2**63 - 1
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if is_number and not (0 < value <= highest or (value == 0 and name in MAY_BE_ZERO)):
             raise InputError(f"--{name.replace('_', '-')} {value} is out of range")
@@ -137,7 +136,7 @@ def train_step(ddp_model: nn.Module, batches: Iterator[data.Batch],
         losses.append(torch.stack([l_clip, l_cal]).detach())
 
     scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_norm)
+    norm = nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
     is_finite = bool(norm.isfinite())  # here, once a step, the host waits for the GPU
     if is_finite:
         scaler.step(optimizer)
@@ -157,13 +156,13 @@ def cosine(step: float, total: float, peak: float, final: float, warmup: int = 0
 
 
 def parameter_groups(model: BetaCLIP, weight_decay: float) -> list[dict]:
-    """AdamW's groups of all that requires a gradient: the backbone, which is the clip, and the rest
-    with the pooler's learning rate; of both, matrices, which are decayed, and all else."""
+    """AdamW's groups of trained parameters: the backbone, which is the CLIP, and the rest, at the
+    pooler's learning rate; in each, first the matrices, which are decayed, and then all others."""
     groups = [{"part": part, "params": [], "weight_decay": decay}
               for part in ("backbone", "pooler") for decay in (weight_decay, 0.0)]
     for name, param in model.named_parameters():
         if param.requires_grad:
-            number = (0 if name.startswith("clip.") else 2) + (0 if param.ndim >= 2 else 1)
+            number = (0 if name in model.stock_names else 2) + (0 if param.ndim >= 2 else 1)
             groups[number]["params"].append(param)
     return groups
 
@@ -181,18 +180,17 @@ def device_batches(loader: DataLoader, device: torch.device) -> Iterator[data.Ba
             if not str(error).startswith("DataLoader"):
                 raise
             for worker in multiprocessing.active_children():
-                worker.kill()  # it would be waited for
+                worker.kill()  # or the exit waits for it
             raise InputError(f"{error}: the disk is slow, or /dev/shm is full (docker run "
                              "--shm-size=8g): try fewer --workers") from error
         if batch is None:
             return
         drawn += len(batch.pixels)
         for message in sorted(set(batch.read_errors) - set(errors)):
-            tqdm.write(f"unreadable image, another is taken: {message}", file=sys.stderr)
+            tqdm.write(f"unreadable image, replaced: {message}", file=sys.stderr)
         errors += batch.read_errors
         if len(errors) > max(10, 0.01 * drawn):
-            broken = len(set(errors))
-            raise InputError(f"{len(errors)} of {drawn} draws met {broken} broken images")
+            raise InputError(f"{len(errors)} of {drawn} draws hit {len(set(errors))} broken images")
         yield batch.to(device)
 
 
@@ -205,16 +203,16 @@ class Progress:
     seen: int = 0  # images so far
     step: int = 0
     skipped: int = 0  # steps whose gradient was not finite
-    bad_steps: int = 0  # of these, the last in a row
+    bad_steps: int = 0  # of these, in a row so far
     evaluate: bool = True  # whether the model is to be evaluated before the next step
 
     def passed(self, images: float, per_step: int) -> bool:
-        """Whether the last step passed a multiple of so many images."""
+        """Whether the last step passed a multiple of `images`."""
         return self.seen // images > (self.seen - per_step) // images
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Write a temporary file, flush it, rename it: a whole checkpoint exists at any time."""
+    """Write a temporary file, flush it, rename it: a whole checkpoint always exists."""
     temporary = path.with_suffix(".tmp")
     with library_call(f"{path} cannot be written, and stays as it was"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -249,8 +247,8 @@ received_signals: list[tuple[int, float]] = []  # number, time
 
 
 def finish_step(signum: int, frame: object) -> None:
-    """Let the step end at a first SIGTERM or SIGINT; at another one, a second or more later (as
-    torchrun repeats each at once), end the process."""
+    """Let the step end at a first SIGTERM or SIGINT; end the process at another, a second later or
+    more (torchrun repeats each at once)."""
     if received_signals and time.monotonic() > received_signals[0][1] + 1:
         signal.signal(signum, signal.SIG_DFL)
         signal.raise_signal(signum)
@@ -258,7 +256,7 @@ def finish_step(signum: int, frame: object) -> None:
 
 
 def handle_signals(handler: object, worker: int | None = None) -> None:
-    """Set what SIGTERM and SIGINT do; in a worker, too."""
+    """Set what SIGTERM and SIGINT do; also as a loader's worker_init_fn."""
     signal.signal(signal.SIGTERM, handler)
     signal.signal(signal.SIGINT, handler)
 
@@ -271,8 +269,6 @@ def build(args: argparse.Namespace) -> tuple[BetaCLIP, CLIPTokenizer, data.Capti
         model = models.build_small_model(tokenizer, data.PICTURE_PIXELS)
     else:
         model, tokenizer = models.load(args.model)
-    if model.context < models.CONTEXT:
-        raise InputError(f"--model {args.model}: it has {model.context} text positions, not 248")
     pooler = "none" if args.cal == "none" else "continued" if model.use_pooler else "new"
     say(f"model: {args.model}; pooler: {pooler}; new parameters: {model.new_parameters or 'none'}")
     model.use_pooler = args.cal != "none"
@@ -280,7 +276,7 @@ def build(args: argparse.Namespace) -> tuple[BetaCLIP, CLIPTokenizer, data.Capti
     if args.freeze:
         model.freeze(args.freeze)
     if args.grad_checkpointing:
-        model.call = partial(checkpoint, model.call, use_reentrant=False)
+        model.run_layer = partial(checkpoint, model.run_layer, use_reentrant=False)
 
     limits = (args.sentences, args.phrases if model.use_pooler else 0)
     if args.data == "scenes":
@@ -301,18 +297,19 @@ def load_tasks(args: argparse.Namespace) -> list[evaluation.Task]:
     """What a run is evaluated on: built-in benchmarks or those under --root, and --val."""
     names = evaluation.BUILT_IN if args.data == "scenes" else evaluation.find_benchmarks(args.root)
     tasks = [evaluation.load_benchmark(name, args.root) for name in names]
-    if args.val:
+    if args.val and args.val not in names:
         tasks.append(evaluation.load_benchmark(args.val, args.root, args.columns))
-        is_same = os.path.realpath(args.val) == os.path.realpath(args.data) and args.val != "scenes"
+        is_same = os.path.realpath(args.val) == os.path.realpath(args.data)
+        is_same |= args.data == "sharegpt4v" and data.SHAREGPT4V in args.val
         if is_same and tasks[-1].source in ("", "train"):
-            raise InputError(f"--val {args.val}: these are the rows that are trained on")
-    say(f"evaluation: {', '.join(task.name for task in tasks) or 'none, pass --val'}")
+            raise InputError(f"--val {args.val}: these are the training rows")
+    say(f"evaluation: {', '.join(task.name for task in tasks) or 'none, add --val'}")
     return tasks
 
 
 def resume(path: Path, args: argparse.Namespace, stateful: dict, about: dict) -> Progress:
-    """Load the checkpoint, if there is one, into what has a state. Raises InputError if its run has
-    other arguments (a flag that it does not know counts as its default) or other data."""
+    """Load the checkpoint, if there is one, into `stateful`. Raises InputError if its run has other
+    arguments (a flag that it lacks counts as having its default) or other data."""
     per_step = args.batch_size * world_size() * args.accum
     if not path.is_file():
         steps = max(1, int(args.epochs * about["data"]["rows"] / per_step))
@@ -326,7 +323,7 @@ def resume(path: Path, args: argparse.Namespace, stateful: dict, about: dict) ->
     if saved.get("data", about["data"]) != about["data"]:
         changes.append(f"other data, of {saved['data']['rows']} rows (now {about['data']['rows']})")
     if changes:
-        raise InputError(f"{path} is of a run with {', '.join(changes)}: choose another --out")
+        raise InputError(f"{path} is from a run with {', '.join(changes)}: use another --out")
     for name, part in stateful.items():
         with library_call(f"{path} does not fit the model"):
             part.load_state_dict(saved[name])
@@ -336,7 +333,7 @@ def resume(path: Path, args: argparse.Namespace, stateful: dict, about: dict) ->
         f"processes: {world_size()} (before: {saved['world']})")
     if progress.seen >= progress.total:
         say("run: it is finished; to train again, delete it, or give another --out")
-    edited = [name for name in FILES if saved.get("code", {}).get(name) != about["code"][name]]
+    edited = [name for name in CODE_FILES if saved.get("code", {}).get(name) != about["code"][name]]
     if edited:
         say(f"run: {', '.join(edited)} changed since it was saved")
     return progress
@@ -344,10 +341,10 @@ def resume(path: Path, args: argparse.Namespace, stateful: dict, about: dict) ->
 
 def make_loader(args: argparse.Namespace, samples: data.Captions | data.Scenes,
                 tokenizer: CLIPTokenizer, seen: int, left: int) -> DataLoader:
-    """Load this process's batches of the images that are left after those that were seen."""
+    """Make a loader of this process's batches: of the `left` images after the `seen` first ones."""
     order = data.sample_order(len(samples), args.batch_size, seen, seen + left, rank(),
                               world_size(), args.seed)
-    # a forked worker ends when its trainer does, in contrast to those of a server
+    # a forked worker ends with its parent process, unlike a forkserver's
     context = "fork" if args.workers and sys.platform == "linux" else None
     return DataLoader(
         samples, batch_sampler=order,
@@ -358,12 +355,12 @@ def make_loader(args: argparse.Namespace, samples: data.Captions | data.Scenes,
 
 
 def evaluate_and_export(model: BetaCLIP, tokenizer: CLIPTokenizer, tasks: list[evaluation.Task],
-                        args: argparse.Namespace, progress: Progress, epoch: int) -> None:
+                        args: argparse.Namespace, progress: Progress, epoch_size: int) -> None:
     """Evaluate the model, log the scores, write hf/, and at the end of the run print a table and
-    write eval.json; in one process, while the others wait. `epoch`: its length in images."""
+    write eval.json; in one process, while the others wait."""
     if rank() == 0:
         results = {task.name: evaluation.evaluate(model, tokenizer, task) for task in tasks}
-        log(args, step=progress.step, epoch=progress.seen / epoch, eval=results)
+        log(args, step=progress.step, epoch=progress.seen / epoch_size, eval=results)
         table = "\n".join(evaluation.format_table(task, {args.out: results[task.name]})
                           for task in tasks)
         models.export(model, tokenizer, Path(args.out, "hf"), base=args.model, results=table,
@@ -382,14 +379,14 @@ def main(argv: list[str] | None = None) -> None:
     say(f"arguments: {json.dumps(vars(args))}")
     torch.manual_seed(args.seed)  # the same weights in each process
     model, tokenizer, samples = build(args)
-    model.to(device)
+    model.to(device).train()
     tasks = load_tasks(args) if rank() == 0 else []
     groups = parameter_groups(model, args.wd)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     stateful = {"model": model, "optimizer": optimizer, "scaler": scaler}
     code = {name: hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest()
-            for name in FILES}
+            for name in CODE_FILES}
     about = {"args": vars(args), "world": world_size(), "code": code,
              "data": {"rows": len(samples), "fingerprint": samples.fingerprint}}
     path = Path(args.out, "checkpoint.pt")
@@ -403,7 +400,7 @@ def main(argv: list[str] | None = None) -> None:
     if not path.is_file():
         save()
     per_step = args.batch_size * world_size() * args.accum
-    epoch = len(samples)
+    epoch_size = len(samples)
     steps_left = math.ceil((progress.total - progress.seen) / per_step)
     loader = make_loader(args, samples, tokenizer, progress.seen, steps_left * per_step)
     ddp_model = model
@@ -411,7 +408,7 @@ def main(argv: list[str] | None = None) -> None:
         ddp_model = DistributedDataParallel(
             model, gradient_as_bucket_view=True, broadcast_buffers=False)
     total_steps = progress.total / per_step
-    warmup = min(int(args.warmup * epoch / per_step), int(total_steps / 10))
+    warmup = min(int(args.warmup * epoch_size / per_step), int(total_steps / 10))
     bar = tqdm(total=progress.step + steps_left, initial=progress.step, disable=rank() > 0)
     received_signals.clear()
     # closing the batches ends the loader's workers
@@ -419,7 +416,7 @@ def main(argv: list[str] | None = None) -> None:
         while True:
             if progress.evaluate:  # this may be interrupted: a resumed run does it again
                 handle_signals(signal.SIG_DFL)
-                evaluate_and_export(model, tokenizer, tasks, args, progress, epoch)
+                evaluate_and_export(model, tokenizer, tasks, args, progress, epoch_size)
             if progress.seen >= progress.total:
                 break
             handle_signals(finish_step)
@@ -436,7 +433,7 @@ def main(argv: list[str] | None = None) -> None:
             progress.bad_steps = 0 if is_finite else progress.bad_steps + 1
             bar.update()
 
-            stop_signal = torch.tensor(max(received_signals, default=(0,))[0])
+            stop_signal = torch.tensor(received_signals[0][0] if received_signals else 0)
             if world_size() > 1:  # a signal may reach only one process
                 dist.all_reduce(stop_signal, dist.ReduceOp.MAX)
             is_last = progress.seen >= progress.total
@@ -452,14 +449,14 @@ def main(argv: list[str] | None = None) -> None:
                                      f"not finite (L_clip {l_clip:g}, β-CAL {l_cal:g}): lower --lr")
                 speed = per_step * (bar.format_dict["rate"] or 0)
                 bar.set_postfix_str(f"L_clip {l_clip:.3f} β-CAL {l_cal:.3f} {speed:.0f} img/s")
-                log(args, step=progress.step, epoch=progress.seen / epoch, l_clip=l_clip,
+                log(args, step=progress.step, epoch=progress.seen / epoch_size, l_clip=l_clip,
                     l_cal=l_cal, loss=l_clip + args.cal_weight * l_cal, lr=lr, lr_pooler=lr_pooler,
                     scale=model.clip.logit_scale.exp().item(), grad_norm=norm.item(),
                     pooler_scale=model.pooler.logit_scale.exp().item(), skipped=progress.skipped,
                     images_per_s=speed, peak_gib=torch.cuda.max_memory_allocated() / 2**30)
 
-            progress.evaluate = is_last or progress.passed(args.eval_every * epoch, per_step)
-            is_due = progress.step % args.save_every == 0 or progress.passed(epoch, per_step)
+            progress.evaluate = is_last or progress.passed(args.eval_every * epoch_size, per_step)
+            is_due = progress.step % args.save_every == 0 or progress.passed(epoch_size, per_step)
             if is_due or progress.evaluate or stop_signal:
                 save()
             if stop_signal:

@@ -75,15 +75,14 @@ def draw_figure(picture: Image.Image, queries: list[str], maps: list[Tensor]) ->
 
 
 def main(l_clip_run: str, beta_clip_run: str, out: str) -> None:
-    indices = range(0, data.NUM_SCENES["val"], data.GROUP)
+    indices = range(0, data.NUM_SCENES["val"], data.GROUP_SIZE)
     maps = [similarity_maps(run, indices) for run in (l_clip_run, beta_clip_run)]
     gains = [contrast(ours) - contrast(theirs) for theirs, ours in zip(*maps, strict=True)]
     median = sorted(range(len(gains)), key=gains.__getitem__)[len(gains) // 2]
     scene = data.make_scene("val", indices[median])
     queries = [data.describe_object(obj) for obj in scene]
     draw_figure(data.draw_scene(scene), queries, [of_run[median] for of_run in maps]).save(out)
-    print(f"{out}: scene {indices[median]} of val; contrasts differ by {gains[median]:.2f}, from "
-          f"{min(gains):.2f} to {max(gains):.2f} in all {len(gains)} scenes")
+    print(f"{out}: scene {indices[median]} of val, difference {gains[median]:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Metrics by hand; each benchmark, as a small stand-in in its real format, against stock
-transformers, one image and one text at a time; and what is broken in it, which is named."""
+"""Metrics by hand; small stand-ins of all benchmarks, against stock transformers; broken ones."""
 
 import json
 import os
@@ -12,7 +11,7 @@ import datasets
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SHARED, change_text_config, make_image, write_file
+from conftest import change_text_config, make_image, write_file
 from PIL import Image
 from torchvision.ops import roi_align
 from transformers import CLIPModel, CLIPProcessor
@@ -54,18 +53,18 @@ def stand_ins(tmp_path_factory):
     pairs = {benchmark: [] for benchmark in FOLDERS}
     sharegpt4v = []
     coco = {"images": [], "annotations": []}
-    all_phrases = []
+    all_texts = []
     for i, name in enumerate(NAMES):
         sentences, phrases = data.describe_scene(data.make_scene("train", i))
-        phrases = data.order_phrases(phrases)
-        all_phrases += phrases
-        long_caption = ". ".join(sentences * 3).replace(" corner", "'s corner")  # over 248 tokens
+        texts = data.order_phrases(phrases) + sentences
+        all_texts += texts
+        long_caption = ". ".join(sentences * 4).replace(" corner", "'s corner")  # over 248 tokens
         answer = f"{sentences[0]}.\nA{' red' * 60} star"
         captions = {"urban1k": [long_caption], "sv1k": [data.remove_repetitions(answer)],
-                    "dci": [long_caption], "dci-short": [f"{phrases[4]}\n{long_caption}"],
-                    "coco": phrases[:5]}
+                    "dci": [long_caption], "dci-short": [f"{sentences[0]}\n{long_caption}"],
+                    "coco": texts[:5]}
         if i == 0:  # some of Urban1K's files hold an empty caption
-            captions |= {"urban1k": [""], "coco": ["", *phrases[1:5]]}
+            captions |= {"urban1k": [""], "coco": ["", *texts[1:5]]}
         for benchmark, folder in FOLDERS.items():
             # of all aspect ratios, with even margins, so that all libraries crop them alike
             side = 64 * rng.randint(1, 3)
@@ -74,12 +73,12 @@ def stand_ins(tmp_path_factory):
             pairs[benchmark].append((f"{folder}/{name}", captions[benchmark]))
         text = long_caption.replace("'", "’") + "\nNot a caption\n" if i else ""
         write_file(root / f"Urban1k/caption/{name[:-4]}.txt", text)
-        row = {"image": name, "short_caption": phrases[4], "extra_caption": long_caption}
+        row = {"image": name, "short_caption": sentences[0], "extra_caption": long_caption}
         write_file(root / DCI / f"annotations/{i}.json", row)
         talk = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": answer}]
         sharegpt4v.append({"image": f"sam/images/{name}", "conversations": talk})
         coco["images"].append({"id": i, "file_name": name})
-        for text in captions["coco"] + phrases[5:5 + i % 3]:  # of up to seven captions, five count
+        for text in captions["coco"] + texts[5:5 + i % 3]:  # of up to seven captions, five count
             coco["annotations"].append({"image_id": i, "caption": text})
     write_file(root / SV1K, sharegpt4v)
     write_file(root / SV1K.replace("_filtered", ""), "The public list, which is not read")
@@ -89,8 +88,8 @@ def stand_ins(tmp_path_factory):
     for lines, _ in FGOVD.values():
         rows = [{"img_path": f"val2017/{rng.choice(NAMES)}",
                  "bbox": [rng.uniform(low, 25) for low in (0, 0, 3, 3)],
-                 "pos_expression": [rng.choice(all_phrases)],
-                 "neg_expression": rng.sample(all_phrases, rng.randint(2, 10))} for _ in range(30)]
+                 "pos_expression": [rng.choice(all_texts)],
+                 "neg_expression": rng.sample(all_texts, rng.randint(2, 10))} for _ in range(30)]
         for row in rows[::2]:  # in a few real rows, too, the right text is also a wrong one
             row["neg_expression"] += row["pos_expression"]
         write_file(root / lines, "\n".join(map(json.dumps, rows)))
@@ -128,19 +127,15 @@ class Stock:
 
 def count_recall(t2i, i2t, image_of_text):
     """R@k of similarities [text][image], for either way, by ranks counted in plain loops."""
-    ranks = {"T2I": [], "I2T": []}
-    for row, own in zip(t2i, image_of_text, strict=True):
-        ranks["T2I"].append(sum(score >= row[own] for score in row) - 1)
+    t2i_ranks = [sum(score >= row[own] for score in row) - 1
+                 for row, own in zip(t2i, image_of_text, strict=True)]
+    i2t_ranks = []
     for image in range(len(i2t[0])):
         texts = sorted(zip(i2t, image_of_text, strict=True),
                        key=lambda text: (-text[0][image], text[1] == image))
-        ranks["I2T"].append([own for _, own in texts].index(image))
-    scores = {}
-    for name in RECALLS:
-        way, k = name.split(" R@")
-        hits = sum(rank < int(k) for rank in ranks[way])
-        scores[name] = pytest.approx(100 * hits / len(ranks[way]))
-    return scores
+        i2t_ranks.append([own for _, own in texts].index(image))
+    return {f"{way} R@{k}": pytest.approx(100 * sum(rank < k for rank in ranks) / len(ranks))
+            for way, ranks in (("T2I", t2i_ranks), ("I2T", i2t_ranks)) for k in (1, 5, 10)}
 
 
 def fgovd_by_definition(clip_folder, root):
@@ -153,9 +148,9 @@ def fgovd_by_definition(clip_folder, root):
         for row in evaluation.read_json(root / lines):
             image = Image.open(root / row["img_path"]).convert("RGB")
             pixels = data.to_pixels(image.resize((64, 64)), 64)
-            grid = model.encode_image(pixels[None])[1].transpose(1, 2).unflatten(2, (8, 8))
+            grid = model.encode_image(pixels[None])[1].transpose(1, 2).unflatten(2, (4, 4))
             x, y, width, height = row["bbox"]
-            box = torch.tensor([[x, y, x + width, y + height]]) * 8 / torch.tensor(image.size * 2)
+            box = torch.tensor([[x, y, x + width, y + height]]) * 4 / torch.tensor(image.size * 2)
             region = roi_align(grid, [box], 1, aligned=True).flatten()
             ids = tokenizer(row["pos_expression"] + row["neg_expression"])["input_ids"]
             similarity = F.cosine_similarity(region, model.encode_text(models.pack(ids)))
@@ -190,11 +185,9 @@ def test_nan_earns_nothing(clip_folder, fast_scenes):
 
 
 @pytest.mark.parametrize("benchmark, source, reference", [
-    ("urban1k", " (Urban1k)", "CE 89.0, BCE 91.8"),
-    ("sv1k", f" ({SV1K})", "CE 93.7, BCE 94.4"),
-    ("dci", f" ({DCI})", "CE 59.9, BCE 65.1"),
-    ("dci-short", f" ({DCI})", ""), ("coco", f" ({COCO})", "CE 33.2*"),
-    ("flickr30k.json", "", "CE 64.0*"), ("pairs.parquet", "", "")])
+    ("urban1k", " (Urban1k)", "CE 89.0, BCE 91.8"), ("flickr30k.json", "", ""),
+    ("sv1k", f" ({SV1K})", "CE 93.7, BCE 94.4"), ("dci", f" ({DCI})", "CE 59.9, BCE 65.1"),
+    ("dci-short", f" ({DCI})", ""), ("coco", f" ({COCO})", "CE 33.2*"), ("pairs.parquet", "", "")])
 def test_retrieval_equals_stock_transformers(stand_ins, clip_folder, monkeypatch, capfd, benchmark,
                                              source, reference):
     root, pairs = stand_ins
@@ -232,16 +225,6 @@ def test_fgovd_equals_one_box_at_a_time(stand_ins, clip_folder, tmp_path):
         assert "9 images, 120 boxes" in table and "CE 30.9, BCE 20.1" in table
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data")
-def test_real_rows_of_fgovd(clip_folder, tmp_path):
-    shutil.copytree(SHARED / "fgovd", tmp_path, dirs_exist_ok=True)
-    for lines, _ in FGOVD.values():
-        for row in evaluation.read_json(tmp_path / lines):
-            make_image(tmp_path / row["img_path"], (row["width"], row["height"]), row["image_id"])
-    _, scores, _ = measure(clip_folder, "fgovd", tmp_path)
-    assert scores == fgovd_by_definition(clip_folder, tmp_path)
-
-
 @pytest.mark.parametrize("split", ["test", "validation", "val", "dev", "train"])
 def test_an_evaluation_split_is_measured_if_any(stand_ins, clip_folder, tmp_path, split):
     root, pairs = stand_ins
@@ -255,13 +238,12 @@ def test_an_evaluation_split_is_measured_if_any(stand_ins, clip_folder, tmp_path
 
 def test_two_models_are_two_columns_of_all_that_is_found_and_of_a_file(
         stand_ins, clip_folder, tokenizer, tmp_path, monkeypatch, capfd, fast_scenes):
-    root, _ = stand_ins
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(root / "Urban1k", "Urban1k")
+    shutil.copytree(stand_ins[0] / "Urban1k", "Urban1k")
     models.export(models.build_small_model(tokenizer, 64), tokenizer, tmp_path / "plain")
     change_text_config("plain", max_position_embeddings=77)  # no pooler; positions are stretched
     folders = [str(clip_folder), "plain"]
-    file = str(root / "pairs.parquet")
+    file = str(stand_ins[0] / "pairs.parquet")
     flags = f"--root . --columns file,text --conditioned --json a.json --bench all {file}"
     evaluation.main([*flags.split(), "--ckpt", *folders])
     tables = ""
@@ -309,8 +291,7 @@ def test_conditioned_retrieval_equals_a_double_loop(stand_ins, clip_folder, monk
     assert [scores[name] for name in POOLED_RECALLS] == [expected[name] for name in RECALLS]
 
 
-def test_embeddings_are_stock_clips_and_upright_and_have_no_graph(
-        tiny_model, tokenizer, clip_folder, tmp_path):
+def test_embeddings_equal_stock_transformers(tiny_model, tokenizer, clip_folder, tmp_path):
     paths = [make_image(tmp_path / f"{i}.png", (64, 64), seed=i) for i in range(3)]
     captions = ["a red star", "", "a blue circle " * 200]
     stock = Stock(clip_folder)
@@ -346,7 +327,7 @@ def test_heatmaps_equal_their_definitions(clip_folder, tmp_path, size, resized, 
     query, key = (x.view(-1, 8, 16).transpose(0, 1) for x in (query, key))          # 8 heads
     attention = (query @ key.transpose(1, 2) / 16 ** 0.5).softmax(2).mean(0)
     heatmaps = evaluation.compute_heatmaps(model, tokenizer, image, queries)
-    expected = {"similarity": similarity.view(4, 8, 8), "attention": attention.view(4, 8, 8)}
+    expected = {"similarity": similarity.view(4, 4, 4), "attention": attention.view(4, 4, 4)}
     torch.testing.assert_close(heatmaps, expected, atol=1e-6, rtol=0)
     model.use_pooler = False
     assert list(evaluation.compute_heatmaps(model, tokenizer, image, queries)) == ["similarity"]
@@ -355,12 +336,9 @@ def test_heatmaps_equal_their_definitions(clip_folder, tmp_path, size, resized, 
 # ---- what is broken ------------------------------------------------------------------------------
 @pytest.mark.parametrize("benchmarks, file, content, pattern", [
     ("coco", COCO, "cut", f"{COCO} cannot be read"),
-    ("coco", COCO, {"images": [{"id": 0, "file_name": "a b.jpg"}], "annotations": []},
-     f"{COCO}, row 1.*no text for val2017/a b.jpg"),
-    ("coco", "val2017/ü.jpg", None, "missing.*val2017/ü.jpg"),
+    ("coco", COCO, {"images": [{"id": 0, "file_name": "x"}], "annotations": []}, f"{COCO}, row 1"),
     ("coco", "val2017/ü.jpg", "cut", "val2017/ü.jpg.*cannot be read"),
-    ("urban1k", "Urban1k/caption/ü.txt", None, "Urban1k/caption/ü.txt"),
-    ("a.json", "a.json", [{"image": "../a.jpg", "caption": "x"}], r"\.\./a.jpg"),
+    ("urban1k", "Urban1k/caption/ü.txt", b"\xff", "Urban1k/caption/ü.txt cannot be read"),
     ("a.json", "a.json", [{"image": "0.jpg", "caption": None}], "a.json, row 1.*for 0.jpg"),
     ("fgovd", HARD, json.dumps(BOX) + '\n{"img_path": "a.jpg"}', f"{HARD}, row 2.*pos_expression"),
     ("fgovd", HARD, BOX | {"neg_expression": []}, f"{HARD}, row 1.*a wrong text"),
@@ -374,9 +352,7 @@ def test_heatmaps_equal_their_definitions(clip_folder, tmp_path, size, resized, 
 def test_broken_benchmarks(stand_ins, run_and_fail, clip_folder, tmp_path, monkeypatch, benchmarks,
                            file, content, pattern):
     monkeypatch.chdir(shutil.copytree(stand_ins[0], tmp_path / "data"))
-    if content is None:
-        os.remove(file)
-    elif content == "cut":
+    if content == "cut":
         os.truncate(file, 300)
     else:
         write_file(Path(file), content)
@@ -384,12 +360,3 @@ def test_broken_benchmarks(stand_ins, run_and_fail, clip_folder, tmp_path, monke
         monkeypatch.delattr(models.BetaCLIP, "encode_text")
     flags = ["--bench", *benchmarks.split(), "--root", ".", "--ckpt", clip_folder]
     assert re.search(pattern, run_and_fail(evaluation.main, *flags))
-
-
-def test_urban1k_is_downloaded_if_it_is_missing(stand_ins, tmp_path, monkeypatch):
-    root, pairs = stand_ins
-    archive = shutil.make_archive(tmp_path / "Urban1k", "zip", root, "Urban1k")
-    monkeypatch.setattr(evaluation, "download_and_extract_archive",
-                        lambda url, folder: shutil.unpack_archive(archive, folder))
-    task = evaluation.load_benchmark("urban1k", tmp_path / "new")
-    assert sorted(task.images) == sorted(f"{tmp_path}/new/{image}" for image, _ in pairs["urban1k"])

@@ -33,10 +33,9 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags", [
-    "--beta 1.5", "--beta nan", "--lr -0.5", "--epochs inf", "--batch-size 0",
-    "--batch-size 100000", "--data nowhere", "--data gone.json", "--data sharegpt4v --root EMPTY",
-    "--model nowhere", "--model no/where", "--model EMPTY", "--out FILE", "--out FILE/run",
-    "--model FILE", "--max-steps 1e3"])
+    "--beta 1.5", "--lr -0.5", "--epochs inf", "--batch-size 0", "--batch-size 100000",
+    "--data nowhere", "--data gone.json", "--data sharegpt4v --root EMPTY", "--model no/where",
+    "--model EMPTY", "--model FILE", "--out FILE", "--max-steps 1e3"])
 def test_impossible_arguments_of_training(run_and_fail, folder, fast_scenes, flags):
     flags = flags.split()
     assert flags[-1] in run_and_fail(train.main, *QUICK, "--model", "scratch", *flags)
@@ -44,9 +43,8 @@ def test_impossible_arguments_of_training(run_and_fail, folder, fast_scenes, fla
 
 
 @pytest.mark.parametrize("flags", [
-    "--bench urban", "--bench gone.jsonl", "--bench urban1k --root FILE",
-    "--bench fgovd --root EMPTY", "--ckpt nowhere", "--ckpt EMPTY", "--ckpt other.pt",
-    "--json EMPTY", "--json gone/s.json", "--ckpt FILE"])
+    "--bench urban", "--bench gone.jsonl", "--bench urban1k --root FILE", "--json gone/s.json",
+    "--bench fgovd --root EMPTY", "--ckpt nowhere", "--ckpt EMPTY", "--ckpt other.pt"])
 def test_impossible_arguments_of_evaluation(run_and_fail, clip_folder, folder, fast_scenes, flags):
     flags = flags.split()
     assert flags[-1] in run_and_fail(evaluation.main, "--ckpt", clip_folder, *flags)
@@ -54,25 +52,25 @@ def test_impossible_arguments_of_evaluation(run_and_fail, clip_folder, folder, f
 
 
 @pytest.mark.parametrize("damage", [
-    "cut weights", "half of the weights", "a pooler of another width", "a short context",
-    "no tokenizer", "more tokens"])
+    "cut weights", "half a model", "other pooler", "short context", "no tokenizer", "more tokens"])
 def test_broken_models(run_and_fail, clip_folder, folder, damage):
     clip = shutil.copytree(clip_folder, folder / "clip")
     if damage == "cut weights":
         os.truncate(clip / "model.safetensors", 5000)
-    elif damage == "half of the weights":
+    elif damage == "half a model":
         half = CLIPModel.from_pretrained(clip).text_model.state_dict()
         save_file(half, clip / "model.safetensors")
-    elif damage == "a pooler of another width":
+    elif damage == "other pooler":
         save_file(models.PatchPooler(64).state_dict(), clip / "pooler.safetensors")
-    elif damage == "a short context":
+    elif damage == "short context":
         change_text_config(clip, max_position_embeddings=64)
     elif damage == "no tokenizer":
         for path in (*clip.glob("*token*"), clip / "vocab.json", clip / "merges.txt"):
             path.unlink()
     else:
         change_text_config(clip, vocab_size=300)
-    assert str(clip) in run_and_fail(train.main, *QUICK, "--model", clip)
+    error = run_and_fail(train.main, *QUICK, "--model", clip)
+    assert str(clip) in error and (damage != "short context" or "64 text positions" in error)
 
 
 class Payload:
@@ -84,11 +82,6 @@ def test_a_pickle_in_a_checkpoint_is_not_executed(run_and_fail):
     torch.save({"state_dict": Payload()}, "authors.pt")
     assert "authors.pt is not" in run_and_fail(evaluation.main, "--ckpt", "authors.pt")
     assert not Path("executed").exists()
-
-
-def test_the_authors_model_needs_a_tokenizer(run_and_fail, golden, authors_tiny):
-    error = run_and_fail(evaluation.main, "--ckpt", golden / "authors_checkpoint.pt")
-    assert f"{models.OPENAI}: the tokenizer" in error
 
 
 def test_real_processes_write_one_line():

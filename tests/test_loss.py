@@ -1,6 +1,4 @@
-"""β-CAL and L_clip against the authors' numbers, two definitions, and one process of several."""
-
-import math
+"""β-CAL and L_clip against the authors' numbers, its definition, and one process of several."""
 
 import pytest
 import torch
@@ -14,10 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import loss
 from loss import normalize_fp32
-
-SOFTPLUS = math.log1p(math.exp(-5))  # softplus(-5)
-ALIKE = torch.ones(2, 3)  # each softmax is uniform over two logits, each softplus is of -5
-ORTHOGONAL = torch.eye(2)  # β = 0 wants the diagonal alone, β = 1 wants all logits alike
 
 
 def dense_beta_cal(visual: Tensor, text: Tensor, image_of_query: Tensor, scale: Tensor,
@@ -35,25 +29,6 @@ def dense_beta_cal(visual: Tensor, text: Tensor, image_of_query: Tensor, scale: 
     return pair_losses.sum() / (len(queries_per_image) * queries_per_image.max()) ** 2
 
 
-def pairwise_beta_cal(visual, text, image_of_query, scale, beta, form):
-    """β-CAL pair by pair, without a library's losses."""
-    logits = scale * F.normalize(visual, dim=1) @ F.normalize(text, dim=1).T
-    counts = image_of_query.bincount().tolist()
-    total = 0
-    for i, image in enumerate(image_of_query.tolist()):
-        for j, other_image in enumerate(image_of_query.tolist()):
-            weight = 1 if i == j else beta if image == other_image else 0
-            if form == "ce":
-                target = weight / (1 + beta * (counts[image] - 1))
-                logsumexps = logits[i].exp().sum().log() + logits[:, j].exp().sum().log()
-                total = total + target * (logsumexps - 2 * logits[i, j])
-            elif image == other_image:
-                total = total + weight * (1 + (-logits[i, j]).exp()).log()
-            else:
-                total = total + (1 + logits[i, j].exp()).log()
-    return total / (2 * len(text) if form == "ce" else (len(counts) * max(counts)) ** 2)
-
-
 def compute_loss(name, visual, text, image_of_query, scale, global_negatives=False):
     """β-CAL ("ce", "bce") with β = 0.4, or L_clip ("clip") of the first query of each image."""
     if name == "clip":
@@ -62,14 +37,13 @@ def compute_loss(name, visual, text, image_of_query, scale, global_negatives=Fal
     return loss.beta_cal(visual, text, image_of_query, scale, 0.4, name, global_negatives)
 
 
-class CountOperations(TorchDispatchMode):
-    """Counts operations except views, and the elements of the largest result, of all matrix
-    products, and, with saved_tensors_hooks, of what autograd keeps for the backward pass."""
-    operations = largest = in_products = saved = 0
+class CountElements(TorchDispatchMode):
+    """Counts the elements of the largest result, of all matrix products, and, with
+    saved_tensors_hooks, of what autograd keeps for the backward pass."""
+    largest = in_products = saved = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        self.operations += not function.is_view
         if isinstance(result, Tensor):
             self.largest = max(self.largest, result.numel())
             self.in_products += result.numel() * (function == torch.ops.aten.mm.default)
@@ -86,21 +60,17 @@ def tiles(request, monkeypatch):
 
 
 def assert_golden(case, value, inputs, names=("grad_visual", "grad_text", "grad_scale")):
-    ours = [value, *torch.autograd.grad(value, inputs, retain_graph=True)]
+    ours = [value, *torch.autograd.grad(value, inputs)]
     torch.testing.assert_close(ours, [case["loss"], *map(case.get, names)], atol=2e-5, rtol=0)
 
 
-def test_clip_loss_is_the_authors_and_is_cross_entropy_both_ways(golden, tiles):
+def test_clip_loss_and_its_gradients_are_the_authors(golden, tiles):
     case = torch.load(golden / "clip_loss.pt", weights_only=True)
     inputs = [torch.as_tensor(case[name]).requires_grad_() for name in ("image", "text", "scale")]
     value = loss.clip_loss(*inputs)
     assert_golden(case, value, inputs, ("grad_image", "grad_text", "grad_scale"))
-    logits = case["scale"] * normalize_fp32(case["image"]) @ normalize_fp32(case["text"]).T
-    matches = torch.arange(len(logits))
-    both_ways = (F.cross_entropy(logits, matches) + F.cross_entropy(logits.T, matches)) / 2
-    torch.testing.assert_close(value, both_ways, atol=1e-6, rtol=0)
-    in_bf16 = loss.clip_loss(ORTHOGONAL.bfloat16(), ORTHOGONAL.bfloat16(), torch.tensor(5.0))
-    assert in_bf16.item() == pytest.approx(SOFTPLUS, abs=1e-6)
+    bf16 = [case[name].bfloat16() for name in ("image", "text")]  # is computed in float32
+    assert loss.clip_loss(*bf16, 5.0) == loss.clip_loss(*(x.float() for x in bf16), 5.0)
 
 
 @pytest.mark.parametrize("function", [loss.beta_cal, dense_beta_cal])
@@ -116,45 +86,23 @@ def test_beta_cal_and_its_gradients_are_the_authors(golden, tiles, function):
 
 @pytest.mark.parametrize("form", ["ce", "bce"])
 @pytest.mark.parametrize("beta", [0, 0.3, 1])
-def test_beta_cal_equals_both_definitions_in_any_order_of_images(form, beta, tiles):
+def test_beta_cal_and_its_gradients_equal_the_definition(form, beta, tiles):
     torch.manual_seed(1)
     image_of_query = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 3, 3])
     visual, text = torch.randn(2, 10, 4, dtype=torch.float64).requires_grad_()
     scale = torch.tensor(4.0, dtype=torch.float64, requires_grad=True)
-    arguments = (visual, text, image_of_query, scale, beta, form)
     results = []
-    for function in (loss.beta_cal, dense_beta_cal, pairwise_beta_cal):
-        value = function(*arguments)
-        gradients = torch.autograd.grad(value, [visual, text, scale], retain_graph=True)
-        results.append([value, *gradients])
-    torch.testing.assert_close(results, results[:1] * 3, atol=1e-12, rtol=0)
-    assert torch.autograd.gradcheck(loss.beta_cal, arguments)
-    order = [4, 5, 6, 7, 0, 1, 2, 8, 9, 3]
-    reordered = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 3])
-    value = loss.beta_cal(visual[order], text[order], reordered, scale, beta, form)
-    torch.testing.assert_close(value, results[0][0])
-
-
-@pytest.mark.parametrize("embeddings, form, beta, expected", [
-    (ALIKE, "ce", 0, math.log(2)), (ALIKE, "bce", 0, SOFTPLUS / 2), (ORTHOGONAL, "ce", 0, SOFTPLUS),
-    (ALIKE, "ce", 1, math.log(2)), (ALIKE, "bce", 1, SOFTPLUS),
-    (ORTHOGONAL, "ce", 1, SOFTPLUS + 5 / 2)])
-def test_values_by_hand_of_two_queries_of_one_image(embeddings, form, beta, expected):
-    one_image = torch.tensor([0, 0])
-    value = loss.beta_cal(embeddings, embeddings, one_image, torch.tensor(5.0), beta, form)
-    assert value.item() == pytest.approx(expected, abs=1e-6)
-
-
-def test_an_unknown_form_is_refused():
-    with pytest.raises(ValueError, match="form 'soft': choose 'ce' or 'bce'"):
-        loss.beta_cal(ALIKE, ALIKE, torch.tensor([0, 0]), torch.tensor(5.0), 0.5, form="soft")
+    for function in (loss.beta_cal, dense_beta_cal):
+        value = function(visual, text, image_of_query, scale, beta, form)
+        results.append([value, *torch.autograd.grad(value, [visual, text, scale])])
+    torch.testing.assert_close(*results, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["clip", "ce", "bce"])
 def test_no_square_matrix_is_made_and_no_tile_is_kept(monkeypatch, name):
     monkeypatch.setattr(loss, "ROWS_PER_TILE", 32)
     visual, text = torch.randn(2, 512, 8).requires_grad_()
-    with CountOperations() as count, saved_tensors_hooks(count.save, Tensor.detach):
+    with CountElements() as count, saved_tensors_hooks(count.save, Tensor.detach):
         value = compute_loss(name, visual, text, torch.arange(512), torch.tensor(10.0))
         value.backward()
     assert count.largest == 32 * 512
@@ -180,7 +128,7 @@ def train_on_share(rank, num_ranks, folder=None):
     for key in [("clip", True), ("ce", True), ("bce", True), ("ce", False), ("bce", False)]:
         model.zero_grad()
         image, text = encode(torch.cat([pixels, queries])).chunk(2)
-        with CountOperations() as count:
+        with CountElements() as count:
             value = compute_loss(key[0], image + text.roll(1, 1), text, image_of_query,
                                  model.scale.exp(), key[1])
         value.backward()
