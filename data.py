@@ -29,7 +29,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 from transformers import CLIPTokenizer
 
-from model import CONTEXT, InputError, PackedTexts, library_call, pack, straighten_quotes
+from model import CONTEXT, InputError, PackedTexts, input_errors, pack, straighten_quotes
 
 TOKEN_LIMITS = {"caption": CONTEXT, "sentence": CONTEXT, "phrase": 30}  # by level; EOS included
 LEVELS = tuple(TOKEN_LIMITS)  # `Batch.level` indexes this
@@ -58,10 +58,11 @@ class Captions:
         self.size = size
         self.limits = limits
         self.seed = seed
-        rows, _, files = read_table(source, columns)
+        rows, self.split, files = read_table(source, columns)
         is_sharegpt4v = any(SHAREGPT4V in f"{file} {Path(file).resolve()}" for file in files)
-        if is_sharegpt4v and len(files) > 1:
-            raise InputError(f"{source}: pass ShareGPT4V's list alone: its first rows are SV-1k")
+        has_both = all(Path(root, name).is_file() for name in SHAREGPT4V_LISTS)
+        if is_sharegpt4v and (len(files) > 1 or has_both):
+            raise InputError(f"{source}: keep one list of ShareGPT4V: its first rows are SV-1k")
         held_out = HELD_OUT if is_sharegpt4v else 0
         listed = len(rows) - held_out
         kept = list(range(held_out, len(rows)))
@@ -70,13 +71,13 @@ class Captions:
             names = rows["image"][:]
             exists = find_files(names, root)
             kept = [row for row in kept if exists[row]]
-            if not kept and listed:
+            if not kept and listed > 0:
                 raise InputError(f"{source}: none of its {listed} images is under "
                                  f"--root {root}, for instance {names[held_out]}")
             hasher.update("\n".join(names[row] for row in kept).encode())
         self.rows = rows.select(kept) if len(kept) < len(rows) else rows
-        self.samples = prepare_captions(self.rows, with_phrases=limits[1] > 0)
-        for batch in self.samples.with_format("arrow").iter(1000):
+        self.captions = prepare_captions(self.rows, with_phrases=limits[1] > 0)
+        for batch in self.captions.with_format("arrow").iter(1000):
             hasher.update(batch.combine_chunks().to_batches()[0].serialize())
         self.fingerprint = hasher.hexdigest()  # to identify a resumed run's data
         self.summary = (f"{source}: {len(self)} rows; left out: {held_out} of the test set SV-1k, "
@@ -84,7 +85,7 @@ class Captions:
                         f"{len(kept) - len(self)} without a caption")
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.captions)
 
     def __getitem__(self, epoch_and_index: tuple[int, int]) -> tuple[Tensor, list, list[str]]:
         rng = random.Random(f"{self.seed} {epoch_and_index}")
@@ -92,7 +93,7 @@ class Captions:
         pixels = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
         read_errors = []
         for _ in range(20):  # if an image is unreadable, try others; train.py counts errors
-            sample = self.samples[index]
+            sample = self.captions[index]
             image = self.rows[sample["row"]]["image"]
             try:
                 picture = open_image(image, self.root, 2 * self.size)
@@ -129,7 +130,7 @@ def read_table(source: str | Path, columns: str | None = None,
         options["data_files"] = glob.escape(path) if os.path.isfile(path) else path
     elif not os.path.isdir(source) and source.count("/") != 1:
         raise InputError(f"{source} is no file ({', '.join(FORMATS)}), folder, or OWNER/NAME")
-    reading = partial(library_call, f"{source} cannot be read", datasets.exceptions.DatasetsError,
+    reading = partial(input_errors, f"{source} cannot be read", datasets.exceptions.DatasetsError,
                       StopIteration)  # of an empty file
     with reading():
         builder = datasets.load_dataset_builder(format_name or source, **options)
@@ -180,8 +181,8 @@ def captions_of(cell: Any) -> list[str]:
 # ---- captions to queries -------------------------------------------------------------------------
 def make_queries(sentences: list[str], phrases: list[list[list[str]]], limits: tuple[int, int],
                  rng: random.Random) -> list[tuple[str, str]]:
-    """Draw the queries of a sample, [(text, level)]: some sentences of a caption, which make the
-    caption query, these sentences, and their phrases (`phrases` are those of each sentence, from
+    """Draw the queries of a sample, [(text, level)]: a caption query, made of some sentences of a
+    caption; each of these sentences; and their phrases (`phrases` has those of each sentence, from
     `extract_phrases`). limits: at most how many sentences, drawn at random (or in order if there
     are fewer), and how many phrases. If 0 sentences, the caption still has CAPTION_SENTENCES."""
     max_sentences, max_phrases = limits
@@ -199,7 +200,7 @@ def make_queries(sentences: list[str], phrases: list[list[list[str]]], limits: t
 
 def remove_repetitions(caption: str) -> str:
     """Remove what captioners repeat: "a red red car" becomes "a red car", and, in captions of over
-    100 characters, three or more "and so on, " become one."""
+    100 characters, three or more copies of a string (3 to 20 characters) become one."""
     caption = caption.replace("\n", " ")
     if len(caption) > 100:
         for shortest in (10, 5, 3):  # copies of 10 to 20 characters, then of 5 to 20, of 3 to 20
@@ -254,7 +255,7 @@ def split_captions(columns: dict[str, list], row_numbers: list[int],
 @cache
 def load_spacy() -> tuple[Any, list]:
     """spaCy's English pipeline, and the phrase matchers."""
-    with library_call("phrases need spaCy and its English model: `pip install spacy && python -m "
+    with input_errors("phrases need spaCy and its English model: `pip install spacy && python -m "
                       "spacy download en_core_web_sm`; or pass --phrases 0"):
         import spacy
         nlp = spacy.load("en_core_web_sm", exclude=["ner", "lemmatizer"])
@@ -306,11 +307,11 @@ def order_phrases(phrases_of_sentences: list[list[list[str]]]) -> list[str]:
 
 def code_of(function: Callable, found: dict[str, str] | None = None) -> dict[str, str]:
     """The source of a function and of those that it calls in this file, and the constants that they
-    read. While these stay the same, a cached result is up to date."""
+    read. While these (and spaCy's version) stay the same, a cached result is up to date."""
     found = {} if found is None else found
     found[function.__name__] = inspect.getsource(function)
     for name in sorted(set(re.findall(r"\w+", found[function.__name__]))):
-        value = inspect.unwrap(globals().get(name))
+        value = inspect.unwrap(globals().get(name))  # of @cache; None if there is none
         if isinstance(value, types.FunctionType) and name not in found:
             code_of(value, found)
         elif isinstance(value, (str, int, float, tuple, list, dict)):
@@ -338,9 +339,9 @@ def resolve_path(image: str | dict, root: str | Path) -> str | None:
     """The path of an image, from a name under root or {"path"}; None if it is outside of root."""
     folder = os.path.join(os.path.abspath(root), "")
     if isinstance(image, dict):
-        if os.path.isabs(image["path"]):  # `datasets` found it in the folder that it read
-            return image["path"]
-        image = image["path"]
+        image = image["path"] or ""
+        if os.path.isabs(image):  # `datasets` found it in the folder that it read
+            return image
     path = os.path.abspath(os.path.join(folder, image))
     return path if path.startswith(folder) else None
 
@@ -376,7 +377,7 @@ class Batch(NamedTuple):
     pixels: Tensor          # [B, 3, size, size] uint8
     texts: PackedTexts      # the tokens of the N queries
     image_of_query: Tensor  # [N] sorted; stays on the CPU, to be read without waiting
-    level: Tensor           # [N] level of each query, an index into LEVELS
+    level: Tensor           # [N] an index into LEVELS; for your own loss, ours do not read it
     caption_index: Tensor   # [B] index of each image's caption among the queries
     read_errors: list[str]  # about images that could not be read
 
@@ -415,7 +416,7 @@ def sample_order(num_samples: int, batch_size: int, start: int, stop: int, rank:
                  world_size: int = 1, seed: int = 0) -> Iterator[list[tuple[int, int]]]:
     """Yield this rank's batches, lists of (epoch, index): images `start` to `stop` of an endless
     stream that all ranks share, of which each micro-step takes the next world_size · batch_size. If
-    a run is resumed with another product, an epoch may repeat or skip some images."""
+    a run is resumed with another such product, an epoch may repeat or skip some images."""
     global_batch = world_size * batch_size
     stream = itertools.islice(shuffle_epochs(num_samples, global_batch, start, seed), start, None)
     for _ in range(start, stop, global_batch):
@@ -425,12 +426,12 @@ def sample_order(num_samples: int, batch_size: int, start: int, stop: int, rank:
 
 def shuffle_epochs(num_samples: int, global_batch: int, start: int, seed: int) -> Iterator[tuple]:
     """Yield (epoch, index) endlessly: each sample once per epoch, in random order, and none twice
-    in a global batch, one of which begins at `start`."""
+    in the same global batch; one such batch begins at `start`."""
     last_order = np.empty(0, int)
     for epoch in itertools.count():
         order = np.random.default_rng([seed, epoch]).permutation(num_samples)
         taken = (epoch * num_samples - start) % global_batch if epoch else 0
-        if taken:  # a batch has so many of the last epoch: complete it with other samples
+        if taken:  # the open batch has this many of the previous epoch: fill it with others
             is_new = np.isin(order, last_order[-taken:], invert=True)
             first = np.flatnonzero(is_new)[:global_batch - taken]
             order = np.concatenate([order[first], np.delete(order, first)])
@@ -440,8 +441,8 @@ def shuffle_epochs(num_samples: int, global_batch: int, start: int, seed: int) -
 
 
 # ---- scenes --------------------------------------------------------------------------------------
-# Pictures that a small model learns in minutes: in each quarter an object on a card. Objects are of
-# 1,152 kinds, so that one is seldom twice in a batch, as a false negative.
+# Pictures that a small model learns in minutes: in each quarter an object on a card. There are
+# 1,152 kinds, so that most have no double, which would be a false negative, in a batch.
 PICTURE_PIXELS = 64  # a side
 CARD_PIXELS = 32
 COLOURS = ["red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "white"]
@@ -460,7 +461,7 @@ GROUP_SIZE = 4  # scenes of val and test: an original, and three others with one
 class Scenes:
     """The training scenes, drawn on demand. scenes[epoch, index] is a sample as in `Captions`."""
 
-    fingerprint = summary = "scenes"
+    fingerprint = summary = split = "scenes"
 
     def __init__(self, size: int, limits: tuple[int, int], seed: int = 0) -> None:
         self.size = size
@@ -478,7 +479,7 @@ class Scenes:
 
 
 def make_scene(split: str, index: int) -> list[dict]:
-    """The objects in the QUARTERS of a scene. The first scene of a group is the original."""
+    """The four objects of a scene: of the first in a group, or with object `member` changed."""
     group, member = (index, 0) if split == "train" else divmod(index, GROUP_SIZE)
     rng = random.Random(f"{split} {group}")
     scene = []
@@ -487,7 +488,7 @@ def make_scene(split: str, index: int) -> list[dict]:
         while obj["card"] == obj["colour"]:
             obj["card"] = rng.choice(COLOURS)
         scene.append(obj)
-    if member:
+    if member:  # with the same seed, so the same attribute
         scene[member] = rng.choice(list(vary_object(scene[member], 1)))
     return scene
 

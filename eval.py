@@ -27,10 +27,10 @@ from tqdm import tqdm
 from transformers import CLIPTokenizer
 
 import data
-from model import BetaCLIP, InputError, command_line, library_call, load, pack
+from model import BetaCLIP, InputError, command_line, input_errors, load, pack
 
 BATCH_SIZE = 256  # images, or texts, in a forward pass
-CANDIDATES = 128  # in conditioned retrieval: images that a text pools, and vice versa
+CANDIDATES = 128  # in conditioned retrieval: images pooled for each text, and texts for each image
 URBAN1K_URL = "https://huggingface.co/datasets/BeichenZhang/Urban1k/resolve/main/Urban1k.zip"
 EVALUATION_SPLITS = ("test", "validation", "val", "valid", "dev")
 FGOVD_FILES = {  # by difficulty: those of FG-CLIP, the official ones
@@ -114,7 +114,7 @@ def evaluate_conditioned(model: BetaCLIP, tokenizer: CLIPTokenizer, task: Task) 
 
 
 def evaluate_fine_grained(model: BetaCLIP, tokenizer: CLIPTokenizer, task: Task) -> Scores:
-    """FG-OVD, by difficulty: how often the right text is the most similar to a box, or in a tie."""
+    """FG-OVD, by difficulty: how often the right text is the most similar to a box, or tied."""
     rows = [row for row in task.rows if row.box is not None]
     texts = embed_texts(model, tokenizer, [text for row in rows for text in row.texts])
     rows_of_image = defaultdict(list)
@@ -128,7 +128,7 @@ def evaluate_fine_grained(model: BetaCLIP, tokenizer: CLIPTokenizer, task: Task)
                 region = embed_box(patches_of_image, box.to(patches))               # [D]
                 if not region.any():  # all texts would be equally similar to it
                     raise InputError(f"{task.images[index]}: the box {row.box} is outside of it")
-                scores = (row_texts * region).sum(dim=1)  # the same for texts that are the same
+                scores = (row_texts * region).sum(dim=1)  # unlike by @, equal for equal texts
                 hits[row.difficulty].append(scores[0] >= scores[1:].max())
     return {name: 100 * torch.stack(hits[name]).double().mean().item() for name in hits}
 
@@ -191,7 +191,7 @@ def encode_images(model: BetaCLIP, images: list,
 def open_rgb(image: Any) -> Image.Image:
     """Open a PIL image, a path, or {"bytes", "path"}. Raises InputError."""
     name = image["path"] if isinstance(image, dict) else image
-    with library_call(f"{name}: the image cannot be read", *data.IMAGE_ERRORS):
+    with input_errors(f"{name}: the image cannot be read", *data.IMAGE_ERRORS):
         if isinstance(image, dict):
             return data.open_image(image, "")
         return data.to_rgb(image if isinstance(image, Image.Image) else Image.open(image))
@@ -226,11 +226,11 @@ def read_scenes(_: Path, split: str = "test") -> Iterator[Row]:
 def read_urban1k(folder: Path) -> Iterator[Row]:
     """1,000 pairs: Urban1k/image/N.jpg, and the first line of Urban1k/caption/N.txt."""
     if not folder.exists():
-        with library_call(f"{URBAN1K_URL} cannot be downloaded: unpack it in {folder.parent}"):
+        with input_errors(f"{URBAN1K_URL} cannot be downloaded: unpack it in {folder.parent}"):
             download_and_extract_archive(URBAN1K_URL, folder.parent)
     for path in sorted(folder.glob("image/*.jpg")):
         caption_file = folder / f"caption/{path.stem}.txt"
-        with library_call(f"{caption_file} cannot be read"):
+        with input_errors(f"{caption_file} cannot be read"):
             lines = caption_file.read_text(encoding="utf-8-sig").splitlines()
         yield Row(f"Urban1k/image/{path.name}", lines[:1] or [""])
 
@@ -244,7 +244,7 @@ def read_sv1k(path: Path) -> Iterator[Row]:
 
 
 def read_dci(folder: Path, keys: tuple[str, ...] = ("extra_caption",)) -> Iterator[Row]:
-    """Densely Captioned Images, all splits: 7,805, with the long caption, or several joined."""
+    """Densely Captioned Images, all splits: 7,805 images, each with the captions `keys`, joined."""
     for name in itertools.chain(*read_json(folder / "splits.json").values()):
         row = read_json((folder / "annotations" / name).with_suffix(".json"))
         yield Row(f"{DCI}/photos/{row['image']}", ["\n".join(row[key] for key in keys)])
@@ -276,12 +276,13 @@ def read_fgovd(path: Path) -> Iterator[Row]:
         for row in rows:
             right = row["pos_expression"]
             right = right[:1] if isinstance(right, list) else [right]
-            yield Row(row["img_path"], right + row["neg_expression"], row["bbox"] or (), difficulty)
+            texts = [*right, *(row["neg_expression"] or ())]
+            yield Row(row["img_path"], texts, row["bbox"] or (), difficulty)
 
 
 def read_json(path: Path) -> Any:
     """The contents of a JSON file, or of a JSON Lines file as a list."""
-    with library_call(f"{path} cannot be read"):
+    with input_errors(f"{path} cannot be read"):
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".jsonl":
             return [json.loads(line) for line in text.split("\n") if line.strip()]
@@ -289,7 +290,7 @@ def read_json(path: Path) -> Any:
 
 
 DCI = "densely_captioned_images"
-# name: its file or folder under --root (of two forms, or none: it is built in), reader, protocols
+# name: alternative files or folders under --root (none if built in), reader, protocols
 BENCHMARKS = {
     "scenes": ((), read_scenes, evaluate_fine_grained, evaluate_retrieval),
     "urban1k": (("Urban1k",), read_urban1k, evaluate_retrieval),
@@ -360,7 +361,8 @@ def load_benchmark(name: str, root: str | Path, columns: str | None = None) -> T
         counts = ", ".join(f"{count} in {folder}" for folder, count in folders)
         raise InputError(f"{name}: {len(missing)} of {len(images)} images are missing ({counts}), "
                          f"for instance {missing[0]}")
-    images = [str(Path(root, image)) if isinstance(image, str) else image for image in images]
+    images = [data.resolve_path(image, root) if isinstance(image, str)
+              or (isinstance(image, dict) and not image["bytes"]) else image for image in images]
     empty = sum(not text.strip() for row in checked for text in row.texts)
     if empty:
         print(f"note: {empty} texts of {name} are empty, and encoded as such", file=sys.stderr)
@@ -419,7 +421,7 @@ def main(argv: list[str] | None = None) -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--bench", nargs="+", default=["scenes"], metavar="NAME", help=f"{', '.join(BENCHMARKS)}; "
-        "all (scenes, and any under --root); a file of images and captions (default: scenes)")
+        "all (scenes, and any under --root); or as train.py --val (default: scenes)")
     add("--ckpt", nargs="+", metavar="MODEL", help="runs, checkpoints of the authors, CLIPs on the "
         "hub or in a folder: a column each (default: the latest run under runs/)")
     add("--root", default="data", help="folder of the benchmarks and images (default: data)")
@@ -435,20 +437,20 @@ def main(argv: list[str] | None = None) -> None:
     for source, (model, _) in loaded.items():
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         if model.new_parameters:
-            print(f"{source} lacks {', '.join(model.new_parameters)}: untrained", file=sys.stderr)
+            print(f"{source}: untrained: {', '.join(model.new_parameters)}", file=sys.stderr)
     everything = [*BUILT_IN, *find_benchmarks(args.root)]
     names = itertools.chain(*[everything if name == "all" else [name] for name in args.bench])
     records = []
     for task in [load_benchmark(name, args.root, args.columns) for name in dict.fromkeys(names)]:
-        scores_of_models = {source: evaluate(*model, task, args.conditioned)
-                            for source, model in loaded.items()}
+        scores_of_models = {source: evaluate(*pair, task, args.conditioned)
+                            for source, pair in loaded.items()}
         print(format_table(task, scores_of_models), flush=True)
-        about = {"benchmark": task.name, "split": task.source} | task.counts()
-        records += [about | {"model": source, "metric": metric, "score": score}
+        header = {"benchmark": task.name, "split": task.source} | task.counts()
+        records += [header | {"model": source, "metric": metric, "score": score}
                     for source, scores in scores_of_models.items()
                     for metric, score in scores.items()]
     if args.json:
-        with library_call(f"--json {args.json} cannot be written"):
+        with input_errors(f"--json {args.json} cannot be written"):
             Path(args.json).write_text(json.dumps(records, indent=1), encoding="utf-8")
 
 

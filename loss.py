@@ -2,20 +2,20 @@
 
 Notation. B images have N queries (captions, sentences, phrases) in one flat list.
 
-    text[i]             embedding of query i
-    visual[i]           what query i pooled from the patches of its image
+    text[i]             embedding of query i, of unit length
+    visual[i]           what query i pooled from the patches of its image, of unit length
     image_of_query[i]   the image that query i describes: 0 … B - 1, sorted
-    l[i, j] = s · visual[i] · text[j], with s = exp(logit scale): the logits of unit vectors
+    l[i, j] = s · visual[i] · text[j], with s = exp(logit scale): the logits
 
 β-CAL counts the other queries of the same image, the siblings, as positives of weight β:
 
     w[i, j] = 1 if i = j;  β if i and j are siblings;  0 if they describe different images
 
-    CE     cross-entropy of l with the soft targets w[i, j] / Σ_j w[i, j], averaged over the two
-           directions (each visual over all texts, each text over all visuals)
-    BCE    Σ w[i, j] · softplus(-l[i, j]) over all pairs of the same image
-           + Σ softplus(l[i, j]) over all other pairs, divided by (B · K)²,
-           where K is the largest number of queries of an image
+    CE     cross-entropy of l with the soft targets w[i, j] / Σ_j w[i, j], the mean over all i and
+           both directions (each visual over all texts, each text over all visuals)
+    BCE    1 / (B · K)² times the sum of w[i, j] · softplus(-l[i, j]) over all pairs of the same
+           image and of softplus(l[i, j]) over all other pairs, where K is the largest number of
+           queries of an image
 
 L_clip is CE with one query per image and β = 0. `dense_beta_cal` in tests/test_loss.py is this
 definition in plain PyTorch. This code needs no [N, N] matrix, and can use several GPUs.
@@ -37,8 +37,7 @@ ROWS_PER_TILE = 512  # rows of the logit matrix that are in memory at a time
 def clip_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     """L_clip, the symmetric InfoNCE of images and captions over the batches of all ranks: a scalar.
     image, text: [B, D], not normalised; scale: exp(logit scale)."""
-    image_of_caption = torch.arange(len(image))
-    return beta_cal(image, text, image_of_caption, scale, beta=0, global_negatives=True)
+    return beta_cal(image, text, torch.arange(len(image)), scale, beta=0, global_negatives=True)
 
 
 def beta_cal(visual: Tensor, text: Tensor, image_of_query: Tensor, scale: Tensor, beta: float,
@@ -108,21 +107,21 @@ def bce_per_query(visual: Tensor, text: Tensor, image_of_query: Tensor, beta: fl
     as_negatives = torch.cat(map_tiles(negatives_of_tile, visual))                  # [N]
     index, most_queries = grid_index(image_of_query, visual.device)
     num_images = int(image_of_query[-1]) + 1
-    grid = visual.new_zeros(num_images, most_queries, visual.shape[1])              # [B, K, D]
-    logits = grid.index_put(index, visual) @ grid.index_put(index, text).mT         # [B, K, K]
-    is_query = torch.zeros_like(grid[:, :, 0]).index_put(index, visual.new_ones(()))    # [B, K]
+    zeros = visual.new_zeros(num_images, most_queries, visual.shape[1])             # [B, K, D]
+    logits = zeros.index_put(index, visual) @ zeros.index_put(index, text).mT       # [B, K, K]
+    is_query = zeros[:, :, 0].index_put(index, visual.new_ones(()))                 # [B, K] 1 or 0
     weight = torch.full_like(logits[0], beta).fill_diagonal_(1)                     # [K, K] w
     correction = weight * F.softplus(-logits) - F.softplus(logits)
     return as_negatives + (correction * is_query[:, None]).sum(dim=2)[index]
 
 
 def grid_index(image_of_query: Tensor, device: torch.device) -> tuple[tuple[Tensor, Tensor], int]:
-    """The index of N queries in a padded [B, K] grid, (image [N], place in the image [N]), by which
-    grid[index] has N rows; and K, the largest number of queries of an image."""
+    """The index (image [N], number within the image [N]) of N queries in a padded [B, K] grid, so
+    that grid[index] has a row per query; and K, the largest number of queries of an image."""
     queries_per_image = image_of_query.bincount()                                   # [B]
     first_query = queries_per_image.cumsum(0) - queries_per_image                   # [B]
-    place = torch.arange(len(image_of_query)) - first_query[image_of_query]         # [N]
-    index = (image_of_query.to(device, non_blocking=True), place.to(device, non_blocking=True))
+    slot = torch.arange(len(image_of_query)) - first_query[image_of_query]          # [N]
+    index = (image_of_query.to(device, non_blocking=True), slot.to(device, non_blocking=True))
     return index, int(queries_per_image.max())
 
 
@@ -149,9 +148,9 @@ def two_sided_logsumexp(visual: Tensor, text: Tensor,
         logits = tile @ all_texts.T                                                 # [tile, all N]
         return logits.logsumexp(dim=1), logits.logsumexp(dim=0)
 
-    over_texts, over_tiles = zip(*map_tiles(of_tile, visual), strict=True)
+    over_texts, per_tile = zip(*map_tiles(of_tile, visual), strict=True)
     # the log-sum-exp over all visuals is that of the log-sum-exps over each tile of them
-    over_visuals = torch.stack(over_tiles).logsumexp(dim=0)                         # [all N]
+    over_visuals = torch.stack(per_tile).logsumexp(dim=0)                         # [all N]
     if len(queries_per_rank) > 1:
         over_visuals = all_gather(over_visuals[None]).logsumexp(dim=0)              # [all N]
         over_visuals = over_visuals.split(queries_per_rank)[rank()]                 # [N]
@@ -168,7 +167,7 @@ def join_processes() -> torch.device:
         # cuDNN's attention is planned anew for each shape, and ours vary from batch to batch
         torch.backends.cuda.enable_cudnn_sdp(False)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        # small tensors on the CPU travel by gloo, so that no process waits for its GPU
+        # CPU tensors travel by gloo, without waiting for a GPU; 3 hours are for rank 0's evaluation
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=3))
     return device

@@ -4,7 +4,7 @@ text-conditioned patch pooler.
 At test time it is an ordinary CLIP that compares `cls` with `text`. The patch embeddings are used
 for fine-grained tasks; the pooler only serves training.
 
-Shapes. B images of P patches; N texts, n of them distinct, with T tokens in all; embeddings are D
+Shapes. B images of P patches; N texts, the n distinct ones with T tokens in all; embeddings are D
 wide, the layers of an encoder C wide, with H heads.
 """
 
@@ -54,8 +54,8 @@ GPU_CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available()
 
 
 class BetaCLIP(nn.Module):
-    """A CLIP, changed in place, with a patch pooler. Images are normalised by the mean and std of
-    each colour channel (0 … 1). A parameter that you add is trained and saved like the pooler's."""
+    """A CLIP, changed in place, with a patch pooler. Images are normalised by a mean and std per
+    colour channel (of 0 … 1). A parameter that you add is trained and saved like the pooler's."""
 
     def __init__(self, clip: CLIPModel, mean: list[float] = OPENAI_CLIP_MEAN,
                  std: list[float] = OPENAI_CLIP_STD) -> None:
@@ -110,17 +110,11 @@ class BetaCLIP(nn.Module):
             x = self.run_layer(text_layer, layer, x, texts)
         x = text_layer(last_layer, x, texts, only_eos=True)                         # [n, C]
         x = self.clip.text_projection(text_model.final_layer_norm(x))               # [n, D]
-        return x[texts.distinct]                                                    # [N, D]
+        return x[texts.inverse]                                                    # [N, D]
 
     def run_layer(self, function: Callable, *args: object) -> Tensor:
-        """Call a layer, but not the last; train.py may wrap this in gradient checkpointing."""
+        """Call any layer but the last; train.py may wrap this in gradient checkpointing."""
         return function(*args)
-
-    def freeze(self, encoder: str) -> None:
-        """Freeze an encoder, "image" or "text", and its projection: they get no gradient."""
-        names = {"image": "vision_model visual_projection", "text": "text_model text_projection"}
-        for name in names[encoder].split():
-            getattr(self.clip, name).requires_grad_(False)
 
 
 def stretch_positions(weight: Tensor) -> Tensor:
@@ -199,7 +193,7 @@ class PackedTexts(NamedTuple):
     tokens: Tensor     # [T] token ids                                               8 9 8 1 9
     positions: Tensor  # [T] the position of each token in its text                  0 1 0 1 2
     offsets: Tensor    # [n + 1] int32, where each text begins, and T                0 2 5
-    distinct: Tensor   # [N] the index of each text among the distinct ones          1 0 1
+    inverse: Tensor    # [N] the index of each text among the distinct ones          1 0 1
     groups: list[tuple[int, int]]  # (length, number of such texts), ascending       (2, 1), (3, 1)
 
     def to(self, device: torch.device) -> PackedTexts:
@@ -218,7 +212,7 @@ def pack(texts: list[list[int]]) -> PackedTexts:
         tokens=torch.tensor([token for text in distinct for token in text]),
         positions=torch.arange(offsets[-1]) - offsets[:-1].repeat_interleave(lengths),
         offsets=offsets.int(),
-        distinct=torch.tensor([index_of[text] for text in texts]),
+        inverse=torch.tensor([index_of[text] for text in texts]),
         groups=sorted(Counter(lengths.tolist()).items()),
     )
 
@@ -246,8 +240,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int, texts: Pac
         if not only_eos:  # any number of tokens to the left, none to the right
             return varlen_attn(query, key, value, starts, starts, longest, longest,
                                window_size=(-1, 0)).flatten(1)
-        one_each = torch.arange(len(starts), device=query.device, dtype=torch.int32)
-        return varlen_attn(query, key, value, one_each, starts, 1, longest).flatten(1)
+        query_starts = torch.arange(len(starts), device=query.device, dtype=torch.int32)  # one each
+        return varlen_attn(query, key, value, query_starts, starts, 1, longest).flatten(1)
 
     # texts of equal length stand side by side, so that they are a dense batch
     counts = [count for _, count in texts.groups]
@@ -267,12 +261,12 @@ class InputError(ValueError):
 
 
 @contextlib.contextmanager
-def library_call(problem: str, *more_errors: type[Exception]) -> Iterator[None]:
+def input_errors(problem: str, *more_errors: type[Exception]) -> Iterator[None]:
     """Turn the errors of a library that is called on the user's input into InputErrors."""
     try:
         yield
     except (*LIBRARY_ERRORS, *more_errors) as error:
-        reason = str(error.__cause__ or error) or type(error).__name__
+        reason = str(error.__cause__ or error) or type(error).__name__  # `datasets` wraps it
         raise InputError(f"{problem}: {reason}") from error
 
 
@@ -301,11 +295,11 @@ def load(source: str | Path) -> tuple[BetaCLIP, CLIPTokenizer]:
         folder = OPENAI
     else:
         model = from_folder(folder)
-    with library_call(f"{folder}: the tokenizer cannot be loaded"):
+    with input_errors(f"{folder}: the tokenizer cannot be loaded"):
         tokenizer = CLIPTokenizer.from_pretrained(folder)
     vocab_size = model.clip.config.text_config.vocab_size
     if not 256 < len(tokenizer) <= vocab_size:  # lacking files, transformers makes a 3-token one
-        raise InputError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, not {vocab_size}")
+        raise InputError(f"{folder}: a tokenizer of {len(tokenizer)} tokens, not 257–{vocab_size}")
     tokenizer.backend_tokenizer.no_truncation()  # these settings may have been saved with it
     tokenizer.backend_tokenizer.no_padding()
     return model.eval(), straighten_quotes(tokenizer)
@@ -333,18 +327,18 @@ def build_small_model(tokenizer: CLIPTokenizer, size: int) -> BetaCLIP:
 
 def from_folder(source: str | Path) -> BetaCLIP:
     """Load a Hugging Face CLIP, with what `export` wrote beside it, if anything."""
-    with library_call(f"{source}: a CLIP cannot be loaded"):
+    with input_errors(f"{source}: a CLIP cannot be loaded"):
         clip, report = CLIPModel.from_pretrained(
             source, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True)
     missing = sorted(report["missing_keys"])
     if missing:
-        raise InputError(f"{source} is no whole CLIP: it lacks {len(missing)}, e.g. {missing[0]}")
+        raise InputError(f"{source} lacks {len(missing)} weights of a CLIP, e.g. {missing[0]}")
     positions = clip.config.text_config.max_position_embeddings
     if positions not in (77, CONTEXT):
         raise InputError(f"{source} has {positions} text positions, not 77 or {CONTEXT}")
     folder = Path(source)
     processor_files = ["preprocessor_config.json", "processor_config.json"]
-    with library_call(f"{source}: cannot be read"):
+    with input_errors(f"{source}: cannot be read"):
         if not folder.is_dir():
             folder = snapshot_download(source, allow_patterns=[POOLER_FILE, *processor_files])
         statistics = []
@@ -356,7 +350,7 @@ def from_folder(source: str | Path) -> BetaCLIP:
 
     model = BetaCLIP(clip, *statistics)
     state = model.state_dict()
-    loaded = {name: state[name] for name in model.stock_names}  # these are in place
+    loaded = {name: state[name] for name in model.stock_names}  # in place already: not missing
     for name, tensor in extra_state.items():
         is_new = name.startswith(NEW_PREFIX)
         loaded[name.removeprefix(NEW_PREFIX) if is_new else f"pooler.{name}"] = tensor
@@ -368,7 +362,7 @@ def from_folder(source: str | Path) -> BetaCLIP:
 def load_weights(model: BetaCLIP, state: dict[str, Tensor], source: str | Path) -> None:
     """Load all weights of a checkpoint. A parameter that neither it nor a stock CLIP has keeps its
     initial value, and is in model.new_parameters. Raises InputError if the weights do not fit."""
-    with library_call(f"{source}: the weights do not fit"):
+    with input_errors(f"{source}: the weights do not fit"):
         missing, unknown = model.load_state_dict(state, strict=False)
     model.new_parameters = [name for name in missing if name not in model.stock_names
                             and (model.use_pooler or not name.startswith("pooler."))]
@@ -401,7 +395,7 @@ AUTHORS_RENAMES = (  # regular expressions, applied in this order
 
 def read_checkpoint(path: str | Path, key: str) -> dict:
     """Read a checkpoint with a dict under `key`, without executing pickles. Raises InputError."""
-    with (library_call(f"{path} is not a checkpoint"),
+    with (input_errors(f"{path} is not a checkpoint"),
           torch.serialization.safe_globals([argparse.Namespace])):  # the authors' files hold one
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), dict):
@@ -446,8 +440,8 @@ tags: [clip, beta-clip, long-text, fine-grained]
 ---
 # β-CLIP
 
-A CLIP with a {context}-token text encoder, trained from {base} with
-[β-CLIP](https://arxiv.org/abs/2512.12678) by `{command}`. Results in %:
+A CLIP with a {context}-token text encoder, trained from {base} by `{command}`
+with the code of a reproduction of [β-CLIP](https://arxiv.org/abs/2512.12678). Results in %:
 
 ```
 {results}
@@ -490,7 +484,7 @@ def export(model: BetaCLIP, tokenizer: CLIPTokenizer, folder: Path, base: str = 
                                    image_mean=mean, image_std=std)
     card = MODEL_CARD.format(base=base, folder=folder, command=command, results=results,
                              context=CONTEXT)
-    with library_call(f"{folder} cannot be written"):
+    with input_errors(f"{folder} cannot be written"):
         model.clip.save_pretrained(folder, state_dict=clip_state)
         if extra_state:
             save_file(extra_state, folder / POOLER_FILE)

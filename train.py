@@ -1,6 +1,6 @@
 """Train β-CLIP.
 
-    torchrun train.py --beta 0.5                       # on the scenes; torchrun, GPU are optional
+    torchrun train.py --beta 0.5                    # on the scenes; torchrun and a GPU are optional
     torchrun --nproc_per_node 4 train.py --beta 0.5 --data sharegpt4v --root DIR    # the paper's
     torchrun train.py --data pairs.jsonl --root IMAGES --val val.jsonl              # your own data
 
@@ -39,7 +39,7 @@ import data
 import eval as evaluation
 import model as models
 from loss import barrier, beta_cal, clip_loss, join_processes, rank, world_size
-from model import BetaCLIP, InputError, command_line, library_call
+from model import BetaCLIP, InputError, command_line, input_errors
 
 FLAGS = {  # name: type or choices, default or (default on scenes, that of the paper's recipe), help
     "beta": (float, 0.5, "weight of the other queries of an image as positives, 0 to 1"),
@@ -52,7 +52,7 @@ FLAGS = {  # name: type or choices, default or (default on scenes, that of the p
     "columns": (str, None, "IMAGE,CAPTION: the names of the columns of --data and --val"),
     "root": (str, "data", "the folder of images and benchmarks"),
     "val": (str, None, "a file, a folder, or a data set on the hub, to evaluate retrieval on"),
-    "model": (str, ("scratch", "openai/clip-vit-base-patch16"), "scratch or any eval.py --ckpt"),
+    "model": (str, ("scratch", "openai/clip-vit-base-patch16"), "scratch, or as eval.py --ckpt"),
     "freeze": (("image", "text"), None, "an encoder that is not trained"),
     "batch-size": (int, 64, "images per process and micro-step"),
     "accum": (int, (1, 8), "micro-steps per step"),
@@ -70,6 +70,7 @@ FLAGS = {  # name: type or choices, default or (default on scenes, that of the p
     "save-every": (int, 500, "steps between checkpoints; there is one after each epoch, too"),
     "eval-every": (float, 1.0, "epochs between evaluations"),
 }
+FROZEN = {"image": ("vision_model", "visual_projection"), "text": ("text_model", "text_projection")}
 MAY_BE_ZERO = {"beta", "cal_weight", "sentences", "phrases", "lr", "lr_pooler", "warmup", "wd",
                "workers", "seed"}
 MAY_CHANGE_ON_RESUME = {"command", "out", "root", "val", "workers", "save_every", "eval_every",
@@ -98,7 +99,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if isinstance(value, tuple):
             value = value[0] if args.data == "scenes" else value[1]
             setattr(args, name, value)
-        highest = 1 if name == "beta" else 2**63 - 1
+        highest = 1 if name == "beta" else 2**63 - 1  # of an int64; not inf
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if is_number and not (0 < value <= highest or (value == 0 and name in MAY_BE_ZERO)):
             raise InputError(f"--{name.replace('_', '-')} {value} is out of range")
@@ -149,7 +150,7 @@ def train_step(ddp_model: nn.Module, batches: Iterator[data.Batch],
 
 def cosine(step: float, total: float, peak: float, final: float, warmup: int = 0,
            start: float = 0.0) -> float:
-    """The rate of a step: linear from `start` to `peak` in `warmup` steps, a cosine to `final`."""
+    """The learning rate: linear from `start` to `peak` in `warmup` steps, a cosine to `final`."""
     if step < warmup:
         return start + (peak - start) * min(1, step / max(1, warmup - 1))
     return final + (peak - final) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
@@ -204,7 +205,7 @@ class Progress:
     step: int = 0
     skipped: int = 0  # steps whose gradient was not finite
     bad_steps: int = 0  # of these, in a row so far
-    evaluate: bool = True  # whether the model is to be evaluated before the next step
+    eval_due: bool = True  # before the next step
 
     def passed(self, images: float, per_step: int) -> bool:
         """Whether the last step passed a multiple of `images`."""
@@ -214,7 +215,7 @@ class Progress:
 def save_checkpoint(path: Path, state: dict) -> None:
     """Write a temporary file, flush it, rename it: a whole checkpoint always exists."""
     temporary = path.with_suffix(".tmp")
-    with library_call(f"{path} cannot be written, and stays as it was"):
+    with input_errors(f"{path} cannot be written, and stays as it was"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
@@ -232,7 +233,7 @@ def log(args: argparse.Namespace, **values: float | dict) -> None:
         return
     line = {name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()}
-    with (library_call(f"{args.out}/log.jsonl cannot be written"),
+    with (input_errors(f"{args.out}/log.jsonl cannot be written"),
           open(Path(args.out, "log.jsonl"), "a", encoding="utf-8") as file):
         file.write(json.dumps(line) + "\n")
 
@@ -247,8 +248,8 @@ received_signals: list[tuple[int, float]] = []  # number, time
 
 
 def finish_step(signum: int, frame: object) -> None:
-    """Let the step end at a first SIGTERM or SIGINT; end the process at another, a second later or
-    more (torchrun repeats each at once)."""
+    """At the first SIGTERM or SIGINT let the step end; at one a second or more later, end the
+    process. (torchrun sends each signal to a process again immediately.)"""
     if received_signals and time.monotonic() > received_signals[0][1] + 1:
         signal.signal(signum, signal.SIG_DFL)
         signal.raise_signal(signum)
@@ -273,8 +274,8 @@ def build(args: argparse.Namespace) -> tuple[BetaCLIP, CLIPTokenizer, data.Capti
     say(f"model: {args.model}; pooler: {pooler}; new parameters: {model.new_parameters or 'none'}")
     model.use_pooler = args.cal != "none"
     model.pooler.requires_grad_(model.use_pooler)
-    if args.freeze:
-        model.freeze(args.freeze)
+    for name in FROZEN.get(args.freeze, ()):
+        getattr(model.clip, name).requires_grad_(False)
     if args.grad_checkpointing:
         model.run_layer = partial(checkpoint, model.run_layer, use_reentrant=False)
 
@@ -293,39 +294,42 @@ def build(args: argparse.Namespace) -> tuple[BetaCLIP, CLIPTokenizer, data.Capti
     return model, tokenizer, samples
 
 
-def load_tasks(args: argparse.Namespace) -> list[evaluation.Task]:
-    """What a run is evaluated on: built-in benchmarks or those under --root, and --val."""
+def load_tasks(args: argparse.Namespace, trained_split: str) -> list[evaluation.Task]:
+    """What a run is evaluated on: benchmarks, built in or complete under --root, and --val."""
     names = evaluation.BUILT_IN if args.data == "scenes" else evaluation.find_benchmarks(args.root)
-    tasks = [evaluation.load_benchmark(name, args.root) for name in names]
+    tasks = []
+    for name in names:
+        with contextlib.suppress(InputError):
+            tasks.append(evaluation.load_benchmark(name, args.root))
     if args.val and args.val not in names:
         tasks.append(evaluation.load_benchmark(args.val, args.root, args.columns))
         is_same = os.path.realpath(args.val) == os.path.realpath(args.data)
         is_same |= args.data == "sharegpt4v" and data.SHAREGPT4V in args.val
-        if is_same and tasks[-1].source in ("", "train"):
+        if is_same and tasks[-1].source == trained_split:
             raise InputError(f"--val {args.val}: these are the training rows")
     say(f"evaluation: {', '.join(task.name for task in tasks) or 'none, add --val'}")
     return tasks
 
 
-def resume(path: Path, args: argparse.Namespace, stateful: dict, about: dict) -> Progress:
+def resume(path: Path, args: argparse.Namespace, stateful: dict, meta: dict) -> Progress:
     """Load the checkpoint, if there is one, into `stateful`. Raises InputError if its run has other
     arguments (a flag that it lacks counts as having its default) or other data."""
     per_step = args.batch_size * world_size() * args.accum
     if not path.is_file():
-        steps = max(1, int(args.epochs * about["data"]["rows"] / per_step))
+        steps = max(1, int(args.epochs * meta["data"]["rows"] / per_step))
         steps = min(steps, args.max_steps or steps)
         say(f"run: {args.out}, {steps} steps of {per_step} images")
         return Progress(total=steps * per_step)
     saved = models.read_checkpoint(path, "args")
     before = vars(parse_args(["--data", args.data])) | saved["args"]
-    changes = [f"--{name} {before.get(name)} (now {value})" for name, value in vars(args).items()
-               if name not in MAY_CHANGE_ON_RESUME and before.get(name) != value]
-    if saved.get("data", about["data"]) != about["data"]:
-        changes.append(f"other data, of {saved['data']['rows']} rows (now {about['data']['rows']})")
+    changes = [f"--{name.replace('_', '-')} {before.get(name)} (now {value})" for name, value in
+               vars(args).items() if name not in MAY_CHANGE_ON_RESUME and before.get(name) != value]
+    if saved.get("data", meta["data"]) != meta["data"]:
+        changes.append(f"other data, of {saved['data']['rows']} rows (now {meta['data']['rows']})")
     if changes:
         raise InputError(f"{path} is from a run with {', '.join(changes)}: use another --out")
     for name, part in stateful.items():
-        with library_call(f"{path} does not fit the model"):
+        with input_errors(f"{path} does not fit the model"):
             part.load_state_dict(saved[name])
     progress = Progress(**{name: saved[name] for name in Progress.__annotations__ if name in saved})
     steps = progress.step + math.ceil((progress.total - progress.seen) / per_step)
@@ -333,7 +337,7 @@ def resume(path: Path, args: argparse.Namespace, stateful: dict, about: dict) ->
         f"processes: {world_size()} (before: {saved['world']})")
     if progress.seen >= progress.total:
         say("run: it is finished; to train again, delete it, or give another --out")
-    edited = [name for name in CODE_FILES if saved.get("code", {}).get(name) != about["code"][name]]
+    edited = [name for name in CODE_FILES if saved.get("code", {}).get(name) != meta["code"][name]]
     if edited:
         say(f"run: {', '.join(edited)} changed since it was saved")
     return progress
@@ -366,7 +370,7 @@ def evaluate_and_export(model: BetaCLIP, tokenizer: CLIPTokenizer, tasks: list[e
         models.export(model, tokenizer, Path(args.out, "hf"), base=args.model, results=table,
                       command=f"python train.py {args.command}")
         if progress.seen >= progress.total:
-            with library_call(f"{args.out}/eval.json cannot be written"):
+            with input_errors(f"{args.out}/eval.json cannot be written"):
                 Path(args.out, "eval.json").write_text(json.dumps(results), encoding="utf-8")
             print(table)
     barrier()
@@ -380,24 +384,24 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)  # the same weights in each process
     model, tokenizer, samples = build(args)
     model.to(device).train()
-    tasks = load_tasks(args) if rank() == 0 else []
+    tasks = load_tasks(args, samples.split) if rank() == 0 else []
     groups = parameter_groups(model, args.wd)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     stateful = {"model": model, "optimizer": optimizer, "scaler": scaler}
     code = {name: hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest()
             for name in CODE_FILES}
-    about = {"args": vars(args), "world": world_size(), "code": code,
+    meta = {"args": vars(args), "world": world_size(), "code": code,
              "data": {"rows": len(samples), "fingerprint": samples.fingerprint}}
     path = Path(args.out, "checkpoint.pt")
-    progress = resume(path, args, stateful, about)
+    progress = resume(path, args, stateful, meta)
 
     def save() -> None:
         if rank() == 0:
             states = {name: part.state_dict() for name, part in stateful.items()}
-            save_checkpoint(path, states | about | asdict(progress))
+            save_checkpoint(path, states | meta | asdict(progress))
 
-    if not path.is_file():
+    if not path.is_file():  # this also makes the folder, or fails at once
         save()
     per_step = args.batch_size * world_size() * args.accum
     epoch_size = len(samples)
@@ -414,7 +418,7 @@ def main(argv: list[str] | None = None) -> None:
     # closing the batches ends the loader's workers
     with bar, contextlib.closing(device_batches(loader, device)) as batches:
         while True:
-            if progress.evaluate:  # this may be interrupted: a resumed run does it again
+            if progress.eval_due:  # this may be interrupted: a resumed run does it again
                 handle_signals(signal.SIG_DFL)
                 evaluate_and_export(model, tokenizer, tasks, args, progress, epoch_size)
             if progress.seen >= progress.total:
@@ -422,7 +426,7 @@ def main(argv: list[str] | None = None) -> None:
             handle_signals(finish_step)
 
             step = progress.seen / per_step
-            lr = cosine(step, total_steps, args.lr, 1e-2 * args.lr, warmup, 1e-4 * args.lr)
+            lr = cosine(step, total_steps, args.lr, 1e-2 * args.lr, warmup, start=1e-4 * args.lr)
             lr_pooler = cosine(step, total_steps, args.lr_pooler, 0.1 * args.lr_pooler)
             for group in optimizer.param_groups:
                 group["lr"] = lr if group["part"] == "backbone" else lr_pooler
@@ -455,9 +459,9 @@ def main(argv: list[str] | None = None) -> None:
                     pooler_scale=model.pooler.logit_scale.exp().item(), skipped=progress.skipped,
                     images_per_s=speed, peak_gib=torch.cuda.max_memory_allocated() / 2**30)
 
-            progress.evaluate = is_last or progress.passed(args.eval_every * epoch_size, per_step)
+            progress.eval_due = is_last or progress.passed(args.eval_every * epoch_size, per_step)
             is_due = progress.step % args.save_every == 0 or progress.passed(epoch_size, per_step)
-            if is_due or progress.evaluate or stop_signal:
+            if is_due or progress.eval_due or stop_signal:
                 save()
             if stop_signal:
                 name = signal.Signals(stop_signal.item()).name

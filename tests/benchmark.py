@@ -88,8 +88,8 @@ def encode_padded(model, one_batch):
     """Encode the texts as the authors do: captions and sentences padded to the longest caption, and
     phrases to the longest phrase. Yields the embeddings of each level."""
     texts = one_batch.texts
-    starts = texts.offsets[:-1][texts.distinct]
-    lengths = texts.offsets.diff()[texts.distinct]
+    starts = texts.offsets[:-1][texts.inverse]
+    lengths = texts.offsets.diff()[texts.inverse]
     text_model = model.clip.text_model
     for level, name in enumerate(data.LEVELS):
         chosen = one_batch.level == level

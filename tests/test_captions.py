@@ -91,7 +91,7 @@ def test_phrases_are_the_authors_and_two_processes_parse_once(golden, monkeypatc
     with multiprocessing.get_context("fork").Pool(2) as pool:
         pool.starmap(read, [(FILE, IMAGES, 9, 30)] * 2, chunksize=1)
     samples = read(sentences=9, phrases=30)
-    assert num_parsed.value == sum(len(row[0]) for row in samples.samples["sentences"])
+    assert num_parsed.value == sum(len(row[0]) for row in samples.captions["sentences"])
     phrases = [[text for text, level in samples[0, index][1] if level == "phrase"]
                for index in range(len(cases))]
     num_equal = sum(phrases[i] == case["phrases"] for i, case in enumerate(cases))
@@ -176,8 +176,12 @@ def test_sv1k_is_never_trained_on(monkeypatch, name):
         assert "left out: 3 of the test set SV-1k, 0 (of 5)" in read(source).summary
     assert [row.texts for row in evaluation.read_sv1k(path)] == [[f"Number {i}"] for i in range(3)]
     write_file(Path("lists/more.json"), rows)
-    with pytest.raises(data.InputError, match="alone: its first rows are SV-1k"):
+    with pytest.raises(data.InputError, match="its first rows are SV-1k"):
         read("lists")
+    for other in data.SHAREGPT4V_LISTS:
+        write_file(IMAGES / other, rows)
+    with pytest.raises(data.InputError, match="keep one list of ShareGPT4V"):
+        read(path)
 
 
 @pytest.mark.parametrize("values", [["text", "text"], [[{"a": 1}], [{"a": 2}]], [[["a"]], [["b"]]],
@@ -246,6 +250,8 @@ def test_unreadable_images_are_replaced():
         assert queries[0][0] == "good"  # those of the sample that is taken instead
         assert pixels.max() > 0
     assert names == ["None", "b.png", "None", "cut.png", "../outside.png", "gone.png"]
+    task = evaluation.load_benchmark("a.parquet", IMAGES)
+    assert task.images[1] == str(Path("images/a.png").absolute())
 
 
 @pytest.mark.parametrize("num_images, most", [(4, 10), (2000, 20)])

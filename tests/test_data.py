@@ -94,7 +94,7 @@ def test_a_batch_says_whose_each_query_is_and_cuts_long_ones_before_eos(tokenize
     distinct = batch.texts.tokens.split(batch.texts.offsets.diff().tolist())
     assert len(distinct) == 4
     expected = ["a red circle", "red " * 28, "blue " * 246, "a square", "a red circle"]
-    for index, text in zip(batch.texts.distinct, expected, strict=True):
+    for index, text in zip(batch.texts.inverse, expected, strict=True):
         assert distinct[index].tolist() == tokenizer(text).input_ids
 
 

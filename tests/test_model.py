@@ -99,15 +99,6 @@ def test_the_pooler_equals_one_query_at_a_time(tiny_model):
     assert_close(tiny_model.pooler(text, torch.tensor(images), patches), torch.cat(alone))
 
 
-@pytest.mark.parametrize("encoder, parts", [
-    ("image", ("vision_model.", "visual_projection.")),
-    ("text", ("text_model.", "text_projection."))])
-def test_a_frozen_encoder_is_not_trained_and_the_rest_is(tiny_model, encoder, parts):
-    tiny_model.freeze(encoder)
-    for name, param in tiny_model.named_parameters():
-        assert param.requires_grad != name.removeprefix("clip.").startswith(parts), name
-
-
 # ---- export --------------------------------------------------------------------------------------
 def test_stock_transformers_load_the_export_as_its_model_card_says_and_agree(clip_folder, tmp_path):
     base = shutil.copytree(clip_folder, tmp_path / "base")

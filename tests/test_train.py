@@ -145,7 +145,7 @@ def test_forty_steps_lower_the_loss_and_eval_prints_the_table_of_training(
     table = capsys.readouterr().out
     assert len(table.splitlines()) > 10
     card = (tmp_path / "hf/README.md").read_text()
-    assert f"{flags}`. Results" in card and table in card
+    assert f"{flags}`\n" in card and table in card
     evaluation.main(["--ckpt", str(tmp_path), "--json", str(tmp_path / "scores.json")])
     assert capsys.readouterr().out == table
     records = json.loads((tmp_path / "scores.json").read_text())
@@ -183,12 +183,14 @@ def test_a_trained_pooler_is_continued_and_lr_0_trains_it_alone(
         assert changed_parts(after, before, 1) == ({"pooler"} if is_changed else set())
 
 
-def test_a_frozen_encoder_keeps_its_weights(tmp_path, clip_folder, fast_scenes):
-    run(tmp_path, "--freeze text", clip_folder)
+@pytest.mark.parametrize("flag, frozen", [
+    ("text", {"clip.text_model", "clip.text_projection"}),
+    ("image", {"clip.vision_model", "clip.visual_projection"})])
+def test_a_frozen_encoder_keeps_its_weights(tmp_path, clip_folder, fast_scenes, flag, frozen):
+    run(tmp_path, f"--freeze {flag}", clip_folder)
     before, _ = models.load(clip_folder)
     after, _ = models.load(tmp_path)
     names = [".".join(name.split(".")[:2]) for name, _ in before.named_parameters()]
-    frozen = {"clip.text_model", "clip.text_projection"}
     assert changed_parts(after, before, 2) == set(names) - frozen
     optimizer = models.read_checkpoint(tmp_path / "checkpoint.pt", "optimizer")["optimizer"]
     assert len(optimizer["state"]) == sum(name not in frozen for name in names)

@@ -192,6 +192,7 @@ def own_data(tmp_path, clip_folder):
     rows = [{"image": f"images/{i}.png", "caption": f"Photo {i}. No more"} for i in range(4)]
     for row in rows[:3]:
         make_image(tmp_path / row["image"])
+    write_file(tmp_path / "captions_val2017.json", {"images": [], "annotations": []})  # is left out
     file = write_file(tmp_path / "folder/train.jsonl", "\n".join(map(json.dumps, rows)))
     flags = f"--model {clip_folder} --batch-size 2 --accum 1 --max-steps 1 --workers 0 --phrases 0"
     return file, f"--data {file} --out {tmp_path / 'run'} --root {tmp_path} {flags}".split()
@@ -218,7 +219,10 @@ def test_rows_that_are_trained_on_are_not_evaluated_on(own_data, run_and_fail):
     for source in (file, file.parent):
         error = run_and_fail(train.main, *argv, "--data", source, "--val", source)
         assert f"--val {source}: these are the training rows" in error
-    write_file(file.with_name("test.jsonl"), file.read_text())
+    file.rename(file.with_name("test.jsonl"))  # of a folder with this split alone, it is trained on
+    error = run_and_fail(train.main, *argv, "--data", file.parent, "--val", file.parent)
+    assert "these are the training rows" in error
+    write_file(file, file.with_name("test.jsonl").read_text())
     train.main([*argv, "--data", str(file.parent), "--val", str(file.parent)])
 
 
