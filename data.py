@@ -31,8 +31,8 @@ from transformers import CLIPTokenizer
 
 from model import CONTEXT, InputError, PackedTexts, input_errors, pack, straighten_quotes
 
-TOKEN_LIMITS = {"caption": CONTEXT, "sentence": CONTEXT, "phrase": 30}  # by level; EOS included
-LEVELS = tuple(TOKEN_LIMITS)  # `Batch.level` indexes this
+TOKEN_LIMITS = {"caption": CONTEXT, "sentence": CONTEXT, "phrase": 30}
+LEVELS = tuple(TOKEN_LIMITS)  # the limits include EOS; `Batch.level` indexes this
 CAPTION_SENTENCES = 5  # sentences in a caption if sentences are not queries (--sentences 0)
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
            ".tar": "webdataset"}  # by suffix: `datasets`' name of the format
@@ -149,8 +149,9 @@ def read_table(source: str | Path, columns: str | None = None,
                          f"{' and '.join(pairs[0])}: use --columns IMAGE,CAPTION")
     rows = rows.select_columns(list(found[0]))
     rows = rows.rename_columns(dict(zip(found[0], ("image", "caption"), strict=True)))
-    if getattr(rows.features["image"], "dtype", "") not in ("string", "large_string"):
-        with reading():
+    with reading():
+        rows.data.validate(full=True)  # that it is UTF-8, for instance
+        if getattr(rows.features["image"], "dtype", "") not in ("string", "large_string"):
             rows = rows.cast_column("image", datasets.Image(decode=False))
     files = (builder.config.data_files or {}).get(split, [])
     return rows, "" if format_name else split, [str(file) for file in files]
@@ -181,8 +182,8 @@ def captions_of(cell: Any) -> list[str]:
 # ---- captions to queries -------------------------------------------------------------------------
 def make_queries(sentences: list[str], phrases: list[list[list[str]]], limits: tuple[int, int],
                  rng: random.Random) -> list[tuple[str, str]]:
-    """Draw the queries of a sample, [(text, level)]: a caption query, made of some sentences of a
-    caption; each of these sentences; and their phrases (`phrases` has those of each sentence, from
+    """Draw the queries of a sample, [(text, level)]: first the caption query, some sentences of a
+    caption; then these sentences; and their phrases (`phrases` has those of each sentence, from
     `extract_phrases`). limits: at most how many sentences, drawn at random (or in order if there
     are fewer), and how many phrases. If 0 sentences, the caption still has CAPTION_SENTENCES."""
     max_sentences, max_phrases = limits

@@ -145,7 +145,7 @@ def embed_box(patches: Tensor, box: Tensor) -> Tensor:
 # ---- embeddings ----------------------------------------------------------------------------------
 @torch.no_grad()
 def embed_texts(model: BetaCLIP, tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
-    """Embed N texts: [N, D], normalised, without gradient, on the model's device."""
+    """Embed a list of N texts: [N, D], normalised, without gradient, on the model's device."""
     distinct = sorted(dict.fromkeys(texts), key=len)
     index_of = {text: index for index, text in enumerate(distinct)}
     embeddings = []
@@ -157,7 +157,7 @@ def embed_texts(model: BetaCLIP, tokenizer: CLIPTokenizer, texts: list[str]) -> 
 
 @torch.no_grad()
 def embed_images(model: BetaCLIP, images: list) -> Tensor:
-    """Embed I images (PIL images or paths) by CLS: [I, D], normalised, without gradient, on the
+    """Embed a list of I images (PIL or paths) by CLS: [I, D], normalised, without gradient, on the
     model's device. Raises InputError if one cannot be read."""
     cls = [cls for _, _, cls, _ in encode_images(model, images)]
     return F.normalize(torch.cat(cls), dim=-1)
@@ -228,11 +228,10 @@ def read_urban1k(folder: Path) -> Iterator[Row]:
     if not folder.exists():
         with input_errors(f"{URBAN1K_URL} cannot be downloaded: unpack it in {folder.parent}"):
             download_and_extract_archive(URBAN1K_URL, folder.parent)
-    for path in sorted(folder.glob("image/*.jpg")):
-        caption_file = folder / f"caption/{path.stem}.txt"
+    for caption_file in sorted(folder.glob("caption/*.txt")):
         with input_errors(f"{caption_file} cannot be read"):
             lines = caption_file.read_text(encoding="utf-8-sig").splitlines()
-        yield Row(f"Urban1k/image/{path.name}", lines[:1] or [""])
+        yield Row(f"Urban1k/image/{caption_file.stem}.jpg", lines[:1] or [""])
 
 
 def read_sv1k(path: Path) -> Iterator[Row]:
@@ -423,16 +422,16 @@ def main(argv: list[str] | None = None) -> None:
     add("--bench", nargs="+", default=["scenes"], metavar="NAME", help=f"{', '.join(BENCHMARKS)}; "
         "all (scenes, and any under --root); or as train.py --val (default: scenes)")
     add("--ckpt", nargs="+", metavar="MODEL", help="runs, checkpoints of the authors, CLIPs on the "
-        "hub or in a folder: a column each (default: the latest run under runs/)")
+        "hub or in a folder: a column each (default: the latest finished run)")
     add("--root", default="data", help="folder of the benchmarks and images (default: data)")
     add("--columns", metavar="IMAGE,CAPTION", help="the names of the columns of a file")
     add("--conditioned", action="store_true", help="add text-conditioned retrieval, by the pooler")
     add("--json", metavar="FILE", help="also write the scores to a file")
     args = parser.parse_args(argv)
-    runs = sorted(Path("runs").glob("*/hf/config.json"), key=lambda path: path.stat().st_mtime)
+    runs = sorted(Path("runs").glob("*/eval.json"), key=lambda path: path.stat().st_mtime)
     if not args.ckpt and not runs:
-        raise InputError("there is no run under runs/: pass --ckpt, or run train.py")
-    sources = args.ckpt or [str(runs[-1].parents[1])]
+        raise InputError("there is no finished run under runs/: pass --ckpt, or run train.py")
+    sources = args.ckpt or [str(runs[-1].parent)]
     loaded = {source: load(source) for source in sources}
     for source, (model, _) in loaded.items():
         model.to("cuda" if torch.cuda.is_available() else "cpu")

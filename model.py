@@ -399,7 +399,7 @@ def read_checkpoint(path: str | Path, key: str) -> dict:
           torch.serialization.safe_globals([argparse.Namespace])):  # the authors' files hold one
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), dict):
-        raise InputError(f"{path} is not a checkpoint: it holds no {key!r}")
+        raise InputError(f"{path} is not a checkpoint with {key!r} (for a run, pass its folder)")
     return checkpoint
 
 
@@ -439,7 +439,6 @@ pipeline_tag: zero-shot-image-classification
 tags: [clip, beta-clip, long-text, fine-grained]
 ---
 # β-CLIP
-
 A CLIP with a {context}-token text encoder, trained from {base} by `{command}`
 with the code of a reproduction of [β-CLIP](https://arxiv.org/abs/2512.12678). Results in %:
 
@@ -455,8 +454,9 @@ from transformers import CLIPModel, CLIPProcessor
 
 model = CLIPModel.from_pretrained("{folder}")  # on the hub: OWNER/NAME
 processor = CLIPProcessor.from_pretrained("{folder}")
-inputs = processor(text=["a red picture", "a blue picture"], return_tensors="pt", padding=True)
-print(model.get_text_features(**inputs))  # texts may have {context} tokens
+inputs = processor(text=["a red car", "a dog"], return_tensors="pt", padding=True, truncation=True)
+output = model.get_text_features(**inputs)  # texts may have {context} tokens
+print(getattr(output, "pooler_output", output))  # transformers 4 returns the tensor itself
 ```
 """
 

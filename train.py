@@ -29,7 +29,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -118,7 +118,7 @@ def train_step(ddp_model: nn.Module, batches: Iterator[data.Batch],
                args: argparse.Namespace) -> tuple[Tensor, Tensor, bool]:
     """One optimiser step on the next args.accum batches. Returns L_clip and β-CAL of each, [accum,
     2], the gradient's norm, and whether it is finite; if it is not, no weight was changed."""
-    model = ddp_model.module if isinstance(ddp_model, DistributedDataParallel) else ddp_model
+    model = ddp_model.module if isinstance(ddp_model, DDP) else ddp_model
     dtype = torch.float16 if args.amp == "fp16" else torch.bfloat16
     losses = []
     for micro_step in range(args.accum):
@@ -274,8 +274,8 @@ def build(args: argparse.Namespace) -> tuple[BetaCLIP, CLIPTokenizer, data.Capti
     say(f"model: {args.model}; pooler: {pooler}; new parameters: {model.new_parameters or 'none'}")
     model.use_pooler = args.cal != "none"
     model.pooler.requires_grad_(model.use_pooler)
-    for name in FROZEN.get(args.freeze, ()):
-        getattr(model.clip, name).requires_grad_(False)
+    for name in FROZEN[args.freeze] if args.freeze else ():
+        model.clip.get_submodule(name).requires_grad_(False)
     if args.grad_checkpointing:
         model.run_layer = partial(checkpoint, model.run_layer, use_reentrant=False)
 
@@ -299,8 +299,10 @@ def load_tasks(args: argparse.Namespace, trained_split: str) -> list[evaluation.
     names = evaluation.BUILT_IN if args.data == "scenes" else evaluation.find_benchmarks(args.root)
     tasks = []
     for name in names:
-        with contextlib.suppress(InputError):
+        try:
             tasks.append(evaluation.load_benchmark(name, args.root))
+        except InputError as error:
+            say(f"evaluation: left out: {error}")
     if args.val and args.val not in names:
         tasks.append(evaluation.load_benchmark(args.val, args.root, args.columns))
         is_same = os.path.realpath(args.val) == os.path.realpath(args.data)
@@ -372,7 +374,7 @@ def evaluate_and_export(model: BetaCLIP, tokenizer: CLIPTokenizer, tasks: list[e
         if progress.seen >= progress.total:
             with input_errors(f"{args.out}/eval.json cannot be written"):
                 Path(args.out, "eval.json").write_text(json.dumps(results), encoding="utf-8")
-            print(table)
+            tqdm.write(table)
     barrier()
     model.train()
 
@@ -409,12 +411,10 @@ def main(argv: list[str] | None = None) -> None:
     loader = make_loader(args, samples, tokenizer, progress.seen, steps_left * per_step)
     ddp_model = model
     if world_size() > 1:
-        ddp_model = DistributedDataParallel(
-            model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        ddp_model = DDP(model, gradient_as_bucket_view=True, broadcast_buffers=False)
     total_steps = progress.total / per_step
     warmup = min(int(args.warmup * epoch_size / per_step), int(total_steps / 10))
     bar = tqdm(total=progress.step + steps_left, initial=progress.step, disable=rank() > 0)
-    received_signals.clear()
     # closing the batches ends the loader's workers
     with bar, contextlib.closing(device_batches(loader, device)) as batches:
         while True:

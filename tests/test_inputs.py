@@ -91,7 +91,7 @@ def test_real_processes_write_one_line():
         assert process.returncode == 2 and process.stdout == ""
         assert process.stderr.startswith(f"{program}: ")
         assert process.stderr.count("\n") == 1, process.stderr
-    assert "there is no run under runs/" in process.stderr
+    assert "there is no finished run under runs/" in process.stderr
 
 
 @pytest.mark.parametrize("owner, name", [
