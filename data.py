@@ -62,8 +62,8 @@ class Captions:
         is_sharegpt4v = any(SHAREGPT4V in f"{file} {Path(file).resolve()}" for file in files)
         has_both = all(Path(root, name).is_file() for name in SHAREGPT4V_LISTS)
         if is_sharegpt4v and (len(files) > 1 or has_both):
-            raise InputError(f"{source}: keep one list of ShareGPT4V: its first rows are SV-1k")
-        held_out = HELD_OUT if is_sharegpt4v else 0
+            raise InputError(f"{source}: keep one list of ShareGPT4V, so that SV-1k is left out")
+        held_out = min(HELD_OUT, len(rows)) if is_sharegpt4v else 0
         listed = len(rows) - held_out
         kept = list(range(held_out, len(rows)))
         hasher = hashlib.sha256()
@@ -71,7 +71,7 @@ class Captions:
             names = rows["image"][:]
             exists = find_files(names, root)
             kept = [row for row in kept if exists[row]]
-            if not kept and listed > 0:
+            if not kept and listed:
                 raise InputError(f"{source}: none of its {listed} images is under "
                                  f"--root {root}, for instance {names[held_out]}")
             hasher.update("\n".join(names[row] for row in kept).encode())
@@ -90,13 +90,13 @@ class Captions:
     def __getitem__(self, epoch_and_index: tuple[int, int]) -> tuple[Tensor, list, list[str]]:
         rng = random.Random(f"{self.seed} {epoch_and_index}")
         index = epoch_and_index[1]
-        pixels = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
+        pixels = torch.zeros(3, self.size, self.size, dtype=torch.uint8)  # if all attempts fail
         read_errors = []
         for _ in range(20):  # if an image is unreadable, try others; train.py counts errors
-            sample = self.captions[index]
-            image = self.rows[sample["row"]]["image"]
+            prepared = self.captions[index]  # caption and image are replaced together
+            image = self.rows[prepared["row"]]["image"]
             try:
-                picture = open_image(image, self.root, 2 * self.size)
+                picture = open_image(image, self.root, 2 * self.size)  # a crop keeps over size
             except IMAGE_ERRORS as error:
                 name = image["path"] if isinstance(image, dict) else image
                 read_errors = read_errors or [f"{name}: {error}"]
@@ -104,8 +104,8 @@ class Captions:
             else:
                 pixels = random_crop(picture, self.size, rng)
                 break
-        number = rng.randrange(len(sample["sentences"]))  # one of the row's captions
-        queries = make_queries(sample["sentences"][number], sample["phrases"][number],
+        number = rng.randrange(len(prepared["sentences"]))  # one of the row's captions
+        queries = make_queries(prepared["sentences"][number], prepared["phrases"][number],
                                self.limits, rng)
         return pixels, queries, read_errors
 
@@ -184,8 +184,8 @@ def make_queries(sentences: list[str], phrases: list[list[list[str]]], limits: t
                  rng: random.Random) -> list[tuple[str, str]]:
     """Draw the queries of a sample, [(text, level)]: first the caption query, some sentences of a
     caption; then these sentences; and their phrases (`phrases` has those of each sentence, from
-    `extract_phrases`). limits: at most how many sentences, drawn at random (or in order if there
-    are fewer), and how many phrases. If 0 sentences, the caption still has CAPTION_SENTENCES."""
+    `extract_phrases`). limits: the most sentences (drawn at random, or all in order if there are
+    fewer) and the most phrases. At 0 sentences, a caption still draws up to CAPTION_SENTENCES."""
     max_sentences, max_phrases = limits
     chosen = range(len(sentences))
     if len(chosen) >= (max_sentences or CAPTION_SENTENCES):
@@ -234,7 +234,7 @@ def prepare_captions(rows: Any, with_phrases: bool) -> Any:
 def split_captions(columns: dict[str, list], row_numbers: list[int],
                    with_phrases: bool) -> dict[str, list]:
     """Split the captions of some rows: row [R], sentences [R][caption][sentence] and, from
-    `extract_phrases`, phrases [R][caption][sentence][type]. Rows without a caption are left out."""
+    `extract_phrases`, phrases [R][caption][sentence][type][i]. Rows with no caption are dropped."""
     rows = {"row": [], "sentences": [], "phrases": []}
     for number, cell in zip(row_numbers, columns["caption"], strict=True):
         captions = [split_sentences(remove_repetitions(text)) for text in captions_of(cell)]
@@ -293,7 +293,7 @@ def extract_phrases(doc: Any, matchers: list) -> list[list[str]]:
 
     nouns, actions, places = (matcher(doc, as_spans=True) for matcher in matchers)
     nouns = filter_spans([*doc.noun_chunks, *nouns])  # keeps the longest of overlapping spans
-    return [[span.text for span in nouns], [span.text for span in sorted(actions)],
+    return [[span.text for span in nouns], [span.text for span in sorted(actions)],  # by position
             [span.text.lower() for span in sorted(places)]]
 
 
@@ -308,11 +308,11 @@ def order_phrases(phrases_of_sentences: list[list[list[str]]]) -> list[str]:
 
 def code_of(function: Callable, found: dict[str, str] | None = None) -> dict[str, str]:
     """The source of a function and of those that it calls in this file, and the constants that they
-    read. While these (and spaCy's version) stay the same, a cached result is up to date."""
+    read. While these (and spaCy, which is not checked) stay the same, a cached result is valid."""
     found = {} if found is None else found
     found[function.__name__] = inspect.getsource(function)
     for name in sorted(set(re.findall(r"\w+", found[function.__name__]))):
-        value = inspect.unwrap(globals().get(name))  # of @cache; None if there is none
+        value = inspect.unwrap(globals().get(name))  # without @cache; None if not a global
         if isinstance(value, types.FunctionType) and name not in found:
             code_of(value, found)
         elif isinstance(value, (str, int, float, tuple, list, dict)):
@@ -432,7 +432,7 @@ def shuffle_epochs(num_samples: int, global_batch: int, start: int, seed: int) -
     for epoch in itertools.count():
         order = np.random.default_rng([seed, epoch]).permutation(num_samples)
         taken = (epoch * num_samples - start) % global_batch if epoch else 0
-        if taken:  # the open batch has this many of the previous epoch: fill it with others
+        if taken:  # the open batch, at start + k · global_batch, has so many of the last epoch
             is_new = np.isin(order, last_order[-taken:], invert=True)
             first = np.flatnonzero(is_new)[:global_batch - taken]
             order = np.concatenate([order[first], np.delete(order, first)])
@@ -443,7 +443,7 @@ def shuffle_epochs(num_samples: int, global_batch: int, start: int, seed: int) -
 
 # ---- scenes --------------------------------------------------------------------------------------
 # Pictures that a small model learns in minutes: in each quarter an object on a card. There are
-# 1,152 kinds, so that most have no double, which would be a false negative, in a batch.
+# 1,152 kinds of object, so that in a batch most have no double, which would be a false negative.
 PICTURE_PIXELS = 64  # a side
 CARD_PIXELS = 32
 COLOURS = ["red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "white"]
@@ -480,7 +480,7 @@ class Scenes:
 
 
 def make_scene(split: str, index: int) -> list[dict]:
-    """The four objects of a scene: of the first in a group, or with object `member` changed."""
+    """The four objects of a scene: a group's original, or a copy with object `member` changed."""
     group, member = (index, 0) if split == "train" else divmod(index, GROUP_SIZE)
     rng = random.Random(f"{split} {group}")
     scene = []
@@ -489,7 +489,7 @@ def make_scene(split: str, index: int) -> list[dict]:
         while obj["card"] == obj["colour"]:
             obj["card"] = rng.choice(COLOURS)
         scene.append(obj)
-    if member:  # with the same seed, so the same attribute
+    if member:  # the group's seed draws the same change in all: of one attribute
         scene[member] = rng.choice(list(vary_object(scene[member], 1)))
     return scene
 

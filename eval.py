@@ -82,7 +82,7 @@ def recall(similarity: Tensor, image_of_text: Tensor, ks: tuple[int, ...] = (1, 
     is_own = image_of_text[:, None] == image                                        # [T, I]
     best_own = similarity.masked_fill(~is_own, -torch.inf).amax(dim=0)              # [I]
     others = similarity.masked_fill(is_own, -torch.inf)
-    i2t_rank = (~(others < best_own)).sum(dim=0)                                    # [I]
+    i2t_rank = (~(others < best_own)).sum(dim=0)[is_own.any(dim=0)]     # of images with a text
     return {f"{direction} R@{k}": 100 * (ranks < k).double().mean().item()
             for direction, ranks in (("T2I", t2i_rank), ("I2T", i2t_rank)) for k in ks}
 

@@ -51,7 +51,7 @@ def beta_cal(visual: Tensor, text: Tensor, image_of_query: Tensor, scale: Tensor
     beta:             weight of siblings as positives, 0 … 1
     form:             "ce" or "bce"
     global_negatives: contrast with the queries of all ranks, so that DDP's mean over ranks is the
-                      loss of the whole batch; the paper contrasts only those of this rank
+                      loss of the whole batch; the paper contrasts only with those of this rank
     """
     if form not in ("ce", "bce"):
         raise ValueError(f"form {form!r}: choose 'ce' or 'bce'")
@@ -60,13 +60,13 @@ def beta_cal(visual: Tensor, text: Tensor, image_of_query: Tensor, scale: Tensor
     queries_per_image = image_of_query.bincount()                                   # [B]
     sizes = torch.tensor([[len(text), len(queries_per_image), queries_per_image.max()]])
     all_sizes = all_gather(sizes) if global_negatives else sizes                    # [ranks, 3]
-    queries_per_rank, images_per_rank, most_queries = all_sizes.T.tolist()
+    queries_per_rank, images_per_rank, most_per_rank = all_sizes.T.tolist()
     if form == "ce":
         losses = ce_per_query(visual, text, image_of_query, beta, queries_per_rank)     # [N]
         denominator = 2 * sum(queries_per_rank)
     else:
         losses = bce_per_query(visual, text, image_of_query, beta, queries_per_rank)    # [N]
-        denominator = (sum(images_per_rank) * max(most_queries)) ** 2                   # (B · K)²
+        denominator = (sum(images_per_rank) * max(most_per_rank)) ** 2                  # (B · K)²
     # the definition sums over ranks, but DDP averages over them
     return len(queries_per_rank) * losses.sum() / denominator
 

@@ -45,7 +45,7 @@ OPENAI = "openai/clip-vit-base-patch16"  # its tokenizer is that of all of OpenA
 QUOTES = {"’": "'", "‘": "'", "“": '"', "”": '"'}  # OpenAI's own tokenizer straightens them
 POOLER_FILE = "pooler.safetensors"
 NEW_PREFIX = "model."  # of new parameters in POOLER_FILE; those of the pooler have no prefix
-POSITIONS = "clip.text_model.embeddings.position_embedding."
+POSITION_PREFIX = "clip.text_model.embeddings.position_embedding."
 LIBRARY_ERRORS = (OSError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError,
                   RuntimeError, ImportError, EOFError, pickle.UnpicklingError, SafetensorError,
                   StrictDataclassError)  # what libraries raise for bad files
@@ -54,8 +54,8 @@ GPU_CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available()
 
 
 class BetaCLIP(nn.Module):
-    """A CLIP, changed in place, with a patch pooler. Images are normalised by a mean and std per
-    colour channel (of 0 … 1). A parameter that you add is trained and saved like the pooler's."""
+    """A CLIP, changed in place, with a patch pooler. Images, scaled to 0 … 1, are normalised by a
+    mean and std per channel. A parameter that you add is trained and saved like the pooler's."""
 
     def __init__(self, clip: CLIPModel, mean: list[float] = OPENAI_CLIP_MEAN,
                  std: list[float] = OPENAI_CLIP_STD) -> None:
@@ -66,7 +66,7 @@ class BetaCLIP(nn.Module):
             positions = stretch_positions(positions)
         embeddings.position_embedding = TextPositions(positions)
         clip.config.text_config.max_position_embeddings = CONTEXT
-        self.stock_names = set(clip.state_dict(prefix="clip."))  # the rest is new, or the pooler's
+        self.stock_names = set(clip.state_dict(prefix="clip."))  # more below are new
 
         self.clip = clip
         self.pooler = PatchPooler(clip.config.projection_dim)
@@ -129,7 +129,7 @@ def stretch_positions(weight: Tensor) -> Tensor:
 
 
 class TextPositions(nn.Module):
-    """An nn.Embedding of text positions. Its first 20 rows are a buffer, which is not trained."""
+    """Like an nn.Embedding of text positions, but its first 20 rows are a buffer: not trained."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ class PatchPooler(nn.Module):
         is the index of each query's image, sorted; it is on the CPU, to be read without waiting."""
         text = F.normalize(text, dim=-1)
         patches = F.normalize(patches, dim=-1)
-        # attention takes the queries of each image from a padded grid, of at most K per image
+        # attention takes the queries of each image from a padded grid: K slots per image
         index, k = grid_index(image_of_query, patches.device)
         grid = text.new_zeros(len(patches), k, text.shape[1])                       # [B, K, D]
         grid = grid.index_put(index, text)
@@ -294,7 +294,7 @@ def load(source: str | Path) -> tuple[BetaCLIP, CLIPTokenizer]:
         model = from_authors(read_checkpoint(source, "state_dict")["state_dict"], str(source))
         folder = OPENAI
     else:
-        model = from_folder(folder)
+        model = from_hugging_face(folder)
     with input_errors(f"{folder}: the tokenizer cannot be loaded"):
         tokenizer = CLIPTokenizer.from_pretrained(folder)
     vocab_size = model.clip.config.text_config.vocab_size
@@ -325,7 +325,7 @@ def build_small_model(tokenizer: CLIPTokenizer, size: int) -> BetaCLIP:
     return BetaCLIP(CLIPModel(config))
 
 
-def from_folder(source: str | Path) -> BetaCLIP:
+def from_hugging_face(source: str | Path) -> BetaCLIP:
     """Load a Hugging Face CLIP, with what `export` wrote beside it, if anything."""
     with input_errors(f"{source}: a CLIP cannot be loaded"):
         clip, report = CLIPModel.from_pretrained(
@@ -380,8 +380,8 @@ AUTHORS_RENAMES = (  # regular expressions, applied in this order
     (r"^text_projection", "clip.text_projection.weight"),
     (r"^ln_final", "clip.text_model.final_layer_norm"),
     (r"^token_embedding", "clip.text_model.embeddings.token_embedding"),
-    (r"^positional_embedding_res", f"{POSITIONS}learned"),
-    (r"^positional_embedding$", f"{POSITIONS}frozen"),
+    (r"^positional_embedding_res", f"{POSITION_PREFIX}learned"),
+    (r"^positional_embedding$", f"{POSITION_PREFIX}frozen"),
     (r"\.cls_token", ".embeddings.class_embedding"), (r"\.norm_pre", ".pre_layrnorm"),
     (r"\.pos_embed", ".embeddings.position_embedding.weight"),
     (r"\.patch_embed\.proj", ".embeddings.patch_embedding"),
@@ -467,9 +467,9 @@ def export(model: BetaCLIP, tokenizer: CLIPTokenizer, folder: Path, base: str = 
     pooler and new parameters. The strings are for the model card. Raises InputError."""
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     clip_state = {name.removeprefix("clip."): state.pop(name) for name in model.stock_names}
-    position = POSITIONS.removeprefix("clip.")
-    clip_state[f"{position}weight"] = torch.cat(
-        [clip_state.pop(f"{position}frozen"), clip_state.pop(f"{position}learned")])
+    prefix = POSITION_PREFIX.removeprefix("clip.")
+    clip_state[f"{prefix}weight"] = torch.cat(
+        [clip_state.pop(f"{prefix}frozen"), clip_state.pop(f"{prefix}learned")])
     extra_state = {}
     for name, tensor in state.items():
         if not name.startswith("pooler."):
@@ -486,8 +486,7 @@ def export(model: BetaCLIP, tokenizer: CLIPTokenizer, folder: Path, base: str = 
                              context=CONTEXT)
     with input_errors(f"{folder} cannot be written"):
         model.clip.save_pretrained(folder, state_dict=clip_state)
-        if extra_state:
-            save_file(extra_state, folder / POOLER_FILE)
+        save_file(extra_state, folder / POOLER_FILE)  # even if empty: an old one may be there
         CLIPProcessor(processor, tokenizer).save_pretrained(folder)
         processor.save_pretrained(folder)  # this and the next line are for transformers 4
         tokenizer.backend_tokenizer.model.save(str(folder))

@@ -46,8 +46,8 @@ FLAGS = {  # name: type or choices, default or (default on scenes, that of the p
     "cal": (("ce", "bce", "none"), "ce", "form of β-CAL; none is L_clip only"),
     "cal-weight": (float, 1.0, "weight of β-CAL in the loss"),
     "global-negatives": (bool, False, "have β-CAL contrast with the queries of all processes"),
-    "sentences": (int, 5, "sentence queries per image; with 0, a caption still has 5 sentences"),
-    "phrases": (int, (4, 30), "phrase queries per image"),
+    "sentences": (int, 5, "most sentence queries per image; with 0, a caption has up to 5"),
+    "phrases": (int, (4, 30), "most phrase queries per image"),
     "data": (str, "scenes", "scenes, sharegpt4v, a file, a folder, or a data set on the hub"),
     "columns": (str, None, "IMAGE,CAPTION: the names of the columns of --data and --val"),
     "root": (str, "data", "the folder of images and benchmarks"),
@@ -123,7 +123,7 @@ def train_step(ddp_model: nn.Module, batches: Iterator[data.Batch],
     losses = []
     for micro_step in range(args.accum):
         batch = next(batches)
-        # DDP exchanges gradients in the last micro-step only
+        # DDP exchanges gradients in the last micro-step only (a plain model ignores this)
         ddp_model.require_backward_grad_sync = micro_step == args.accum - 1
         with torch.autocast(batch.pixels.device.type, dtype, enabled=args.amp != "off"):
             cls, text, pooled = ddp_model(batch.pixels, batch.texts, batch.image_of_query)
@@ -150,7 +150,7 @@ def train_step(ddp_model: nn.Module, batches: Iterator[data.Batch],
 
 def cosine(step: float, total: float, peak: float, final: float, warmup: int = 0,
            start: float = 0.0) -> float:
-    """The learning rate: linear from `start` to `peak` in `warmup` steps, a cosine to `final`."""
+    """The learning rate: linear from `start` (step 0) to `peak` (warmup - 1), cosine to `final`."""
     if step < warmup:
         return start + (peak - start) * min(1, step / max(1, warmup - 1))
     return final + (peak - final) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
@@ -247,8 +247,8 @@ def say(text: str) -> None:
 received_signals: list[tuple[int, float]] = []  # number, time
 
 
-def finish_step(signum: int, frame: object) -> None:
-    """At the first SIGTERM or SIGINT let the step end; at one a second or more later, end the
+def on_signal(signum: int, frame: object) -> None:
+    """At the first SIGTERM or SIGINT let the step end; at another, over a second later, end the
     process. (torchrun sends each signal to a process again immediately.)"""
     if received_signals and time.monotonic() > received_signals[0][1] + 1:
         signal.signal(signum, signal.SIG_DFL)
@@ -257,7 +257,7 @@ def finish_step(signum: int, frame: object) -> None:
 
 
 def handle_signals(handler: object, worker: int | None = None) -> None:
-    """Set what SIGTERM and SIGINT do; also as a loader's worker_init_fn."""
+    """Set what SIGTERM and SIGINT do; also used as a loader's worker_init_fn."""
     signal.signal(signal.SIGTERM, handler)
     signal.signal(signal.SIGINT, handler)
 
@@ -271,7 +271,7 @@ def build(args: argparse.Namespace) -> tuple[BetaCLIP, CLIPTokenizer, data.Capti
     else:
         model, tokenizer = models.load(args.model)
     pooler = "none" if args.cal == "none" else "continued" if model.use_pooler else "new"
-    say(f"model: {args.model}; pooler: {pooler}; new parameters: {model.new_parameters or 'none'}")
+    say(f"model: {args.model}; pooler: {pooler}; other missing: {model.new_parameters or 'none'}")
     model.use_pooler = args.cal != "none"
     model.pooler.requires_grad_(model.use_pooler)
     for name in FROZEN[args.freeze] if args.freeze else ():
@@ -295,7 +295,7 @@ def build(args: argparse.Namespace) -> tuple[BetaCLIP, CLIPTokenizer, data.Capti
 
 
 def load_tasks(args: argparse.Namespace, trained_split: str) -> list[evaluation.Task]:
-    """What a run is evaluated on: benchmarks, built in or complete under --root, and --val."""
+    """What a run is evaluated on: the scenes or, on other data, benchmarks under --root; --val."""
     names = evaluation.BUILT_IN if args.data == "scenes" else evaluation.find_benchmarks(args.root)
     tasks = []
     for name in names:
@@ -338,7 +338,7 @@ def resume(path: Path, args: argparse.Namespace, stateful: dict, meta: dict) -> 
     say(f"run: resuming {args.out} at step {progress.step} of {steps}, of {per_step} images each, "
         f"processes: {world_size()} (before: {saved['world']})")
     if progress.seen >= progress.total:
-        say("run: it is finished; to train again, delete it, or give another --out")
+        say(f"run: it is finished; to train again, delete {args.out}, or give another --out")
     edited = [name for name in CODE_FILES if saved.get("code", {}).get(name) != meta["code"][name]]
     if edited:
         say(f"run: {', '.join(edited)} changed since it was saved")
@@ -347,7 +347,7 @@ def resume(path: Path, args: argparse.Namespace, stateful: dict, meta: dict) -> 
 
 def make_loader(args: argparse.Namespace, samples: data.Captions | data.Scenes,
                 tokenizer: CLIPTokenizer, seen: int, left: int) -> DataLoader:
-    """Make a loader of this process's batches: of the `left` images after the `seen` first ones."""
+    """Make a loader of this process's batches: of the `left` images after the first `seen` ones."""
     order = data.sample_order(len(samples), args.batch_size, seen, seen + left, rank(),
                               world_size(), args.seed)
     # a forked worker ends with its parent process, unlike a forkserver's
@@ -403,7 +403,7 @@ def main(argv: list[str] | None = None) -> None:
             states = {name: part.state_dict() for name, part in stateful.items()}
             save_checkpoint(path, states | meta | asdict(progress))
 
-    if not path.is_file():  # this also makes the folder, or fails at once
+    if not path.is_file():  # this makes the folder, or fails; a slow rank may load it: it is equal
         save()
     per_step = args.batch_size * world_size() * args.accum
     epoch_size = len(samples)
@@ -421,9 +421,10 @@ def main(argv: list[str] | None = None) -> None:
             if progress.eval_due:  # this may be interrupted: a resumed run does it again
                 handle_signals(signal.SIG_DFL)
                 evaluate_and_export(model, tokenizer, tasks, args, progress, epoch_size)
+                bar.unpause()  # images_per_s is of training, without the evaluation
             if progress.seen >= progress.total:
                 break
-            handle_signals(finish_step)
+            handle_signals(on_signal)
 
             step = progress.seen / per_step
             lr = cosine(step, total_steps, args.lr, 1e-2 * args.lr, warmup, start=1e-4 * args.lr)
@@ -441,7 +442,7 @@ def main(argv: list[str] | None = None) -> None:
             if world_size() > 1:  # a signal may reach only one process
                 dist.all_reduce(stop_signal, dist.ReduceOp.MAX)
             is_last = progress.seen >= progress.total
-            never_finite = is_last and progress.skipped == progress.step
+            never_finite = is_last and progress.skipped == progress.step  # in a short run
             is_hopeless = never_finite or progress.bad_steps >= MAX_BAD_STEPS[args.amp]
             if progress.step % LOG_EVERY == 0 or is_last or is_hopeless:
                 losses = losses.mean(dim=0) / world_size()

@@ -162,7 +162,7 @@ def test_a_run_says_what_it_does_and_one_of_an_older_version_resumes(
     run_and_exit(monkeypatch, tmp_path, "--max-steps 6")
     notes = capfd.readouterr().err
     assert notes.startswith('arguments: {"beta": 0.5, "cal": "ce", "cal_weight": 1.0, ')
-    assert ("\nmodel: scratch; pooler: new; new parameters: none\ndata: scenes\nevaluation: scenes"
+    assert ("\nmodel: scratch; pooler: new; other missing: none\ndata: scenes\nevaluation: scenes"
             f"\nrun: {tmp_path}, 6 steps of 4 images\n") in notes
     checkpoint = read_checkpoint(tmp_path)
     code = checkpoint.pop("code") | {"loss.py": "other", "eval.py": "other"}
@@ -180,7 +180,7 @@ def test_a_run_says_what_it_does_and_one_of_an_older_version_resumes(
     torch.save(read_checkpoint(tmp_path) | {"code": code}, tmp_path / "checkpoint.pt")
     train.main(argv)
     notes = capfd.readouterr().err
-    assert "run: it is finished; to train again, delete it, or give another --out\n" in notes
+    assert f"finished; to train again, delete {tmp_path}, or give another --out\n" in notes
     assert "run: loss.py, eval.py changed since it was saved\n" in notes
     train.main([*argv, "--out", str(tmp_path / "uninterrupted")])
     assert kill.read_log(tmp_path / "uninterrupted") == log
