@@ -32,7 +32,7 @@ from transformers import CLIPTokenizer
 from model import CONTEXT, InputError, PackedTexts, input_errors, pack, straighten_quotes
 
 TOKEN_LIMITS = {"caption": CONTEXT, "sentence": CONTEXT, "phrase": 30}
-LEVELS = tuple(TOKEN_LIMITS)  # the limits include EOS; `Batch.level` indexes this
+LEVELS = tuple(TOKEN_LIMITS)  # `Batch.level` indexes this; the limits include BOS and EOS
 CAPTION_SENTENCES = 5  # sentences in a caption if sentences are not queries (--sentences 0)
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
            ".tar": "webdataset"}  # by suffix: `datasets`' name of the format
@@ -40,7 +40,7 @@ CSV_OPTIONS = {"sep": None, "engine": "python", "keep_default_na": False, "encod
 COLUMNS = (("image", "caption"), ("image", "conversations"), ("filepath", "title"), ("jpg", "txt"))
 SHAREGPT4V = "share-captioner_coco_lcs_sam_1246k_1107"  # the names of its lists begin with this
 SHAREGPT4V_LISTS = (f"{SHAREGPT4V}_filtered.json", f"{SHAREGPT4V}.json")  # the authors', the public
-HELD_OUT = 1000  # the first rows of either list are the test set SV-1k
+NUM_HELD_OUT = 1000  # the first rows of either list are the test set SV-1k
 IMAGE_ERRORS = (OSError, ValueError, TypeError, AttributeError, SyntaxError, RuntimeError,
                 struct.error, Image.DecompressionBombError)  # what PIL raises for broken images
 
@@ -62,22 +62,22 @@ class Captions:
         is_sharegpt4v = any(SHAREGPT4V in f"{file} {Path(file).resolve()}" for file in files)
         has_both = all(Path(root, name).is_file() for name in SHAREGPT4V_LISTS)
         if is_sharegpt4v and (len(files) > 1 or has_both):
-            raise InputError(f"{source}: keep one list of ShareGPT4V, so that SV-1k is left out")
-        held_out = min(HELD_OUT, len(rows)) if is_sharegpt4v else 0
+            raise InputError(f"{source}: leave only one list of ShareGPT4V, to leave SV-1k out")
+        held_out = min(NUM_HELD_OUT, len(rows)) if is_sharegpt4v else 0
         listed = len(rows) - held_out
         kept = list(range(held_out, len(rows)))
         hasher = hashlib.sha256()
         if "string" in rows.features["image"].dtype:  # file names, not stored images
             names = rows["image"][:]
-            exists = find_files(names, root)
+            exists = files_exist(names, root)
             kept = [row for row in kept if exists[row]]
             if not kept and listed:
                 raise InputError(f"{source}: none of its {listed} images is under "
                                  f"--root {root}, for instance {names[held_out]}")
             hasher.update("\n".join(names[row] for row in kept).encode())
         self.rows = rows.select(kept) if len(kept) < len(rows) else rows
-        self.captions = prepare_captions(self.rows, with_phrases=limits[1] > 0)
-        for batch in self.captions.with_format("arrow").iter(1000):
+        self.prepared = prepare_captions(self.rows, with_phrases=limits[1] > 0)
+        for batch in self.prepared.with_format("arrow").iter(1000):
             hasher.update(batch.combine_chunks().to_batches()[0].serialize())
         self.fingerprint = hasher.hexdigest()  # to identify a resumed run's data
         self.summary = (f"{source}: {len(self)} rows; left out: {held_out} of the test set SV-1k, "
@@ -85,7 +85,7 @@ class Captions:
                         f"{len(kept) - len(self)} without a caption")
 
     def __len__(self) -> int:
-        return len(self.captions)
+        return len(self.prepared)
 
     def __getitem__(self, epoch_and_index: tuple[int, int]) -> tuple[Tensor, list, list[str]]:
         rng = random.Random(f"{self.seed} {epoch_and_index}")
@@ -93,10 +93,10 @@ class Captions:
         pixels = torch.zeros(3, self.size, self.size, dtype=torch.uint8)  # if all attempts fail
         read_errors = []
         for _ in range(20):  # if an image is unreadable, try others; train.py counts errors
-            prepared = self.captions[index]  # caption and image are replaced together
+            prepared = self.prepared[index]  # caption and image are replaced together
             image = self.rows[prepared["row"]]["image"]
             try:
-                picture = open_image(image, self.root, 2 * self.size)  # a crop keeps over size
+                picture = open_image(image, self.root, 2 * self.size)  # crops still exceed size
             except IMAGE_ERRORS as error:
                 name = image["path"] if isinstance(image, dict) else image
                 read_errors = read_errors or [f"{name}: {error}"]
@@ -117,8 +117,8 @@ def read_table(source: str | Path, columns: str | None = None,
     source:  a file (see FORMATS; or a glob), a folder, or a data set on the hub (OWNER/NAME)
     columns: "IMAGE,CAPTION", the columns' names, if they are not among COLUMNS
     splits:  the first that exists is read; if none does, train, or else the first split
-    Returns rows of "image" (a file name, or {"bytes", "path"}) and "caption", the name of the split
-    ("" for a file), and the names of the files, as far as known. Raises InputError.
+    Returns rows of "image" (a file name, or {"bytes", "path"}) and "caption"; the name of the split
+    ("" for a file); and the names of the files, as far as known. Raises InputError.
     """
     import datasets
 
@@ -157,7 +157,7 @@ def read_table(source: str | Path, columns: str | None = None,
     return rows, "" if format_name else split, [str(file) for file in files]
 
 
-def find_files(names: Iterable[str | None], root: str | Path) -> list[bool]:
+def files_exist(names: Iterable[str | None], root: str | Path) -> list[bool]:
     """Whether each file is under root. Folders are listed, which is quicker for many files."""
     listings = {}
     exists = []
@@ -184,8 +184,8 @@ def make_queries(sentences: list[str], phrases: list[list[list[str]]], limits: t
                  rng: random.Random) -> list[tuple[str, str]]:
     """Draw the queries of a sample, [(text, level)]: first the caption query, some sentences of a
     caption; then these sentences; and their phrases (`phrases` has those of each sentence, from
-    `extract_phrases`). limits: the most sentences (drawn at random, or all in order if there are
-    fewer) and the most phrases. At 0 sentences, a caption still draws up to CAPTION_SENTENCES."""
+    `extract_phrases`). limits: maximum numbers of sentences (drawn at random; if fewer, all in
+    order) and of phrases (the first). With 0, the caption still has up to CAPTION_SENTENCES."""
     max_sentences, max_phrases = limits
     chosen = range(len(sentences))
     if len(chosen) >= (max_sentences or CAPTION_SENTENCES):
@@ -201,7 +201,7 @@ def make_queries(sentences: list[str], phrases: list[list[list[str]]], limits: t
 
 def remove_repetitions(caption: str) -> str:
     """Remove what captioners repeat: "a red red car" becomes "a red car", and, in captions of over
-    100 characters, three or more copies of a string (3 to 20 characters) become one."""
+    100 characters, three or more copies in a row of a string (3 to 20 characters) become one."""
     caption = caption.replace("\n", " ")
     if len(caption) > 100:
         for shortest in (10, 5, 3):  # copies of 10 to 20 characters, then of 5 to 20, of 3 to 20
@@ -405,12 +405,12 @@ def collate(samples: list[tuple], tokenizer: CLIPTokenizer, captions_only: bool 
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: Iterable[str],
-             limits: list[int] | None = None) -> list[list[int]]:
+             token_limits: list[int] | None = None) -> list[list[int]]:
     """Token ids of each text, BOS … EOS, cut to its limit (by default 248) so that EOS stays."""
     all_ids = [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts)]
-    limits = limits or [CONTEXT] * len(all_ids)
+    token_limits = token_limits or [CONTEXT] * len(all_ids)
     return [ids if len(ids) <= limit else ids[:limit - 1] + ids[-1:]
-            for ids, limit in zip(all_ids, limits, strict=True)]
+            for ids, limit in zip(all_ids, token_limits, strict=True)]
 
 
 def sample_order(num_samples: int, batch_size: int, start: int, stop: int, rank: int = 0,
@@ -428,17 +428,17 @@ def sample_order(num_samples: int, batch_size: int, start: int, stop: int, rank:
 def shuffle_epochs(num_samples: int, global_batch: int, start: int, seed: int) -> Iterator[tuple]:
     """Yield (epoch, index) endlessly: each sample once per epoch, in random order, and none twice
     in the same global batch; one such batch begins at `start`."""
-    last_order = np.empty(0, int)
+    previous_order = np.empty(0, int)
     for epoch in itertools.count():
         order = np.random.default_rng([seed, epoch]).permutation(num_samples)
-        taken = (epoch * num_samples - start) % global_batch if epoch else 0
-        if taken:  # the open batch, at start + k · global_batch, has so many of the last epoch
-            is_new = np.isin(order, last_order[-taken:], invert=True)
-            first = np.flatnonzero(is_new)[:global_batch - taken]
+        carried = (epoch * num_samples - start) % global_batch if epoch else 0
+        if carried:  # as many of the epoch before are in the open batch (start + k · global_batch)
+            is_new = np.isin(order, previous_order[-carried:], invert=True)
+            first = np.flatnonzero(is_new)[:global_batch - carried]
             order = np.concatenate([order[first], np.delete(order, first)])
         for index in order.tolist():
             yield epoch, index
-        last_order = order
+        previous_order = order
 
 
 # ---- scenes --------------------------------------------------------------------------------------
@@ -489,7 +489,7 @@ def make_scene(split: str, index: int) -> list[dict]:
         while obj["card"] == obj["colour"]:
             obj["card"] = rng.choice(COLOURS)
         scene.append(obj)
-    if member:  # the group's seed draws the same change in all: of one attribute
+    if member:  # in one attribute; the group's seed makes it the same one in all three
         scene[member] = rng.choice(list(vary_object(scene[member], 1)))
     return scene
 

@@ -237,7 +237,7 @@ def read_urban1k(folder: Path) -> Iterator[Row]:
 def read_sv1k(path: Path) -> Iterator[Row]:
     """The first 1,000 rows of a ShareGPT4V list, with their whole captions."""
     rows, _, _ = data.read_table(path)
-    for row in itertools.islice(rows, data.HELD_OUT):
+    for row in itertools.islice(rows, data.NUM_HELD_OUT):
         captions = data.captions_of(row["caption"])
         yield Row(row["image"], [data.remove_repetitions(caption) for caption in captions])
 
@@ -353,7 +353,7 @@ def load_benchmark(name: str, root: str | Path, columns: str | None = None) -> T
         raise InputError(f"{path} has no rows")
     images = [image for _, image in images.values()]
     names = [image for image in images if isinstance(image, str)]
-    exists = data.find_files(names, root)
+    exists = data.files_exist(names, root)
     missing = [Path(root, name) for name, found in zip(names, exists, strict=True) if not found]
     if missing:
         folders = Counter(str(file.parent) for file in missing).items()
@@ -435,8 +435,8 @@ def main(argv: list[str] | None = None) -> None:
     loaded = {source: load(source) for source in sources}
     for source, (model, _) in loaded.items():
         model.to("cuda" if torch.cuda.is_available() else "cpu")
-        if model.new_parameters:
-            print(f"{source}: untrained: {', '.join(model.new_parameters)}", file=sys.stderr)
+        if model.untrained_names:
+            print(f"{source}: untrained: {', '.join(model.untrained_names)}", file=sys.stderr)
     everything = [*BUILT_IN, *find_benchmarks(args.root)]
     names = itertools.chain(*[everything if name == "all" else [name] for name in args.bench])
     records = []

@@ -66,12 +66,12 @@ class BetaCLIP(nn.Module):
             positions = stretch_positions(positions)
         embeddings.position_embedding = TextPositions(positions)
         clip.config.text_config.max_position_embeddings = CONTEXT
-        self.stock_names = set(clip.state_dict(prefix="clip."))  # more below are new
+        self.stock_names = set(clip.state_dict(prefix="clip."))  # what is added below is new
 
         self.clip = clip
         self.pooler = PatchPooler(clip.config.projection_dim)
         self.use_pooler = False  # whether the pooler is trained, saved and evaluated
-        self.new_parameters: list[str] = []  # those that the loaded checkpoint did not have
+        self.untrained_names: list[str] = []  # those that the loaded checkpoint did not have
         self.image_size = clip.config.vision_config.image_size
         self.register_buffer("mean_and_std", torch.tensor([mean, std]), persistent=False)
 
@@ -95,7 +95,7 @@ class BetaCLIP(nn.Module):
         *layers, last_layer = vision.encoder.layers
         for layer in layers:
             x = self.run_layer(layer, x, None)  # None: no attention mask
-        x = value_only_layer(last_layer, x)
+        x = local_patch_layer(last_layer, x)
         x = self.clip.visual_projection(vision.post_layernorm(x))                   # [B, 1 + P, D]
         return x[:, 0], x[:, 1:]
 
@@ -173,7 +173,7 @@ class PatchPooler(nn.Module):
 
 
 # ---- layers and packed texts ---------------------------------------------------------------------
-def value_only_layer(layer: nn.Module, x: Tensor) -> Tensor:
+def local_patch_layer(layer: nn.Module, x: Tensor) -> Tensor:
     """The last layer of the image encoder: [B, 1 + P, C] -> [B, 1 + P, C]. CLS attends to all
     tokens as usual. A patch takes its own value, not a mixture of all, and so stays local."""
     attn = layer.self_attn
@@ -361,10 +361,10 @@ def from_hugging_face(source: str | Path) -> BetaCLIP:
 
 def load_weights(model: BetaCLIP, state: dict[str, Tensor], source: str | Path) -> None:
     """Load all weights of a checkpoint. A parameter that neither it nor a stock CLIP has keeps its
-    initial value, and is in model.new_parameters. Raises InputError if the weights do not fit."""
+    initial value, and is in model.untrained_names. Raises InputError if the weights do not fit."""
     with input_errors(f"{source}: the weights do not fit"):
         missing, unknown = model.load_state_dict(state, strict=False)
-    model.new_parameters = [name for name in missing if name not in model.stock_names
+    model.untrained_names = [name for name in missing if name not in model.stock_names
                             and (model.use_pooler or not name.startswith("pooler."))]
     wrong = unknown + [name for name in missing if name in model.stock_names]
     if wrong:
@@ -447,7 +447,7 @@ with the code of a reproduction of [β-CLIP](https://arxiv.org/abs/2512.12678). 
 ```
 
 Take the tokenizer from `CLIPProcessor` or `AutoTokenizer`: they straighten curly quotes, as in
-training, and `CLIPTokenizer` does not. `CLIPTextModel` loads the text encoder alone.
+training, unlike `CLIPTokenizer`. Fine-grained results need the patch embeddings of that code.
 
 ```python
 from transformers import CLIPModel, CLIPProcessor

@@ -46,7 +46,7 @@ FLAGS = {  # name: type or choices, default or (default on scenes, that of the p
     "cal": (("ce", "bce", "none"), "ce", "form of β-CAL; none is L_clip only"),
     "cal-weight": (float, 1.0, "weight of β-CAL in the loss"),
     "global-negatives": (bool, False, "have β-CAL contrast with the queries of all processes"),
-    "sentences": (int, 5, "most sentence queries per image; with 0, a caption has up to 5"),
+    "sentences": (int, 5, "most sentence queries per image (0: captions still join up to 5)"),
     "phrases": (int, (4, 30), "most phrase queries per image"),
     "data": (str, "scenes", "scenes, sharegpt4v, a file, a folder, or a data set on the hub"),
     "columns": (str, None, "IMAGE,CAPTION: the names of the columns of --data and --val"),
@@ -271,7 +271,7 @@ def build(args: argparse.Namespace) -> tuple[BetaCLIP, CLIPTokenizer, data.Capti
     else:
         model, tokenizer = models.load(args.model)
     pooler = "none" if args.cal == "none" else "continued" if model.use_pooler else "new"
-    say(f"model: {args.model}; pooler: {pooler}; other missing: {model.new_parameters or 'none'}")
+    say(f"model: {args.model}; pooler: {pooler}; new parameters: {model.untrained_names or 'none'}")
     model.use_pooler = args.cal != "none"
     model.pooler.requires_grad_(model.use_pooler)
     for name in FROZEN[args.freeze] if args.freeze else ():
@@ -295,7 +295,7 @@ def build(args: argparse.Namespace) -> tuple[BetaCLIP, CLIPTokenizer, data.Capti
 
 
 def load_tasks(args: argparse.Namespace, trained_split: str) -> list[evaluation.Task]:
-    """What a run is evaluated on: the scenes or, on other data, benchmarks under --root; --val."""
+    """What a run is evaluated on: the scenes, or else the benchmarks under --root; and --val."""
     names = evaluation.BUILT_IN if args.data == "scenes" else evaluation.find_benchmarks(args.root)
     tasks = []
     for name in names:
@@ -403,7 +403,7 @@ def main(argv: list[str] | None = None) -> None:
             states = {name: part.state_dict() for name, part in stateful.items()}
             save_checkpoint(path, states | meta | asdict(progress))
 
-    if not path.is_file():  # this makes the folder, or fails; a slow rank may load it: it is equal
+    if not path.is_file():  # makes the folder, or fails; a late rank may load it: the same state
         save()
     per_step = args.batch_size * world_size() * args.accum
     epoch_size = len(samples)
@@ -426,9 +426,9 @@ def main(argv: list[str] | None = None) -> None:
                 break
             handle_signals(on_signal)
 
-            step = progress.seen / per_step
-            lr = cosine(step, total_steps, args.lr, 1e-2 * args.lr, warmup, start=1e-4 * args.lr)
-            lr_pooler = cosine(step, total_steps, args.lr_pooler, 0.1 * args.lr_pooler)
+            at = progress.seen / per_step
+            lr = cosine(at, total_steps, args.lr, 1e-2 * args.lr, warmup, start=1e-4 * args.lr)
+            lr_pooler = cosine(at, total_steps, args.lr_pooler, 0.1 * args.lr_pooler)
             for group in optimizer.param_groups:
                 group["lr"] = lr if group["part"] == "backbone" else lr_pooler
             losses, norm, is_finite = train_step(ddp_model, batches, optimizer, scaler, args)

@@ -59,9 +59,9 @@ FINDINGS = (  # of the paper: text, rows, metric, difference there
     ("β = 1 equals β = 0.5 in Hard", "CE, β = 1", "CE, β = 0.5", "hard", -0.1),
     ("BCE gains in T2I", "BCE, β = 0.5", "L_clip only", "T2I R@1", 3.2),
     ("BCE loses in Hard", "BCE, β = 0.5", "L_clip only", "hard", -1.9),
-    ("BCE, β = 0 loses more", "BCE, β = 0", "BCE, β = 0.5", "hard", -5.3),
+    ("BCE, β = 0 is below BCE, β = 0.5 in Hard", "BCE, β = 0", "BCE, β = 0.5", "hard", -5.3),
     ("phrases add to Hard", "CE, β = 0.5", "CE, no phrases", "hard", 1.7),
-    ("the pooler alone adds nothing to Hard", "CE, caption alone", "L_clip only", "hard", 0.0),
+    ("a caption query alone adds nothing to Hard", "CE, caption alone", "L_clip only", "hard", 0.0),
 )
 
 

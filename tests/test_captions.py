@@ -91,7 +91,7 @@ def test_phrases_are_the_authors_and_two_processes_parse_once(golden, monkeypatc
     with multiprocessing.get_context("fork").Pool(2) as pool:
         pool.starmap(read, [(FILE, IMAGES, 9, 30)] * 2, chunksize=1)
     samples = read(sentences=9, phrases=30)
-    assert num_parsed.value == sum(len(row[0]) for row in samples.captions["sentences"])
+    assert num_parsed.value == sum(len(row[0]) for row in samples.prepared["sentences"])
     phrases = [[text for text, level in samples[0, index][1] if level == "phrase"]
                for index in range(len(cases))]
     num_equal = sum(phrases[i] == case["phrases"] for i, case in enumerate(cases))
@@ -99,7 +99,7 @@ def test_phrases_are_the_authors_and_two_processes_parse_once(golden, monkeypatc
 
 
 @pytest.mark.parametrize("name, value, num_parsed", [
-    ("HELD_OUT", 999, 1),
+    ("NUM_HELD_OUT", 999, 1),
     ("order_phrases", write_captions, 1),  # phrases are put in order at each draw
     ("build_phrase_matchers", write_captions, 2),  # called by a function whose result is cached
     ("words", ["as if a constant"], 2)])  # this name occurs in the code
@@ -167,7 +167,7 @@ def talk(*answers):
 
 @pytest.mark.parametrize("name", data.SHAREGPT4V_LISTS)
 def test_sv1k_is_never_trained_on(monkeypatch, name):
-    monkeypatch.setattr(data, "HELD_OUT", 3)
+    monkeypatch.setattr(data, "NUM_HELD_OUT", 3)
     rows = [{"image": "a.png", **talk(f"Number {i}", "Another answer")} for i in range(8)]
     path = write_file(Path("lists", name), rows)
     os.symlink(path.absolute(), "a.json")

@@ -162,7 +162,7 @@ def test_a_run_says_what_it_does_and_one_of_an_older_version_resumes(
     run_and_exit(monkeypatch, tmp_path, "--max-steps 6")
     notes = capfd.readouterr().err
     assert notes.startswith('arguments: {"beta": 0.5, "cal": "ce", "cal_weight": 1.0, ')
-    assert ("\nmodel: scratch; pooler: new; other missing: none\ndata: scenes\nevaluation: scenes"
+    assert ("\nmodel: scratch; pooler: new; new parameters: none\ndata: scenes\nevaluation: scenes"
             f"\nrun: {tmp_path}, 6 steps of 4 images\n") in notes
     checkpoint = read_checkpoint(tmp_path)
     code = checkpoint.pop("code") | {"loss.py": "other", "eval.py": "other"}
