@@ -323,7 +323,7 @@ def code_of(function: Callable, found: dict[str, str] | None = None) -> dict[str
 
 
 # ---- images --------------------------------------------------------------------------------------
-def open_image(image: str | dict, root: str | Path, needed: int | None = None) -> Image.Image:
+def open_image(image: str | dict, root: str | Path, min_side: int | None = None) -> Image.Image:
     """Open the image in a cell, upright, in RGB. For speed a JPEG is decoded at 1/2, 1/4 or 1/8 of
     its size, if both sides keep the pixels that are needed. Raises IMAGE_ERRORS."""
     stored = isinstance(image, dict) and image["bytes"]
@@ -331,8 +331,8 @@ def open_image(image: str | dict, root: str | Path, needed: int | None = None) -
     if file is None:
         raise ValueError(f"it is not under {root}")
     with Image.open(file) as opened:
-        if needed:
-            opened.draft("RGB", (needed, needed))
+        if min_side:
+            opened.draft("RGB", (min_side, min_side))
         return to_rgb(opened)
 
 
@@ -418,23 +418,23 @@ def sample_order(num_samples: int, batch_size: int, start: int, stop: int, rank:
     """Yield this rank's batches, lists of (epoch, index): images `start` to `stop` of an endless
     stream that all ranks share, of which each micro-step takes the next world_size · batch_size. If
     a run is resumed with another such product, an epoch may repeat or skip some images."""
-    global_batch = world_size * batch_size
-    stream = itertools.islice(shuffle_epochs(num_samples, global_batch, start, seed), start, None)
-    for _ in range(start, stop, global_batch):
-        chosen = list(itertools.islice(stream, global_batch))
+    global_size = world_size * batch_size
+    stream = itertools.islice(shuffle_epochs(num_samples, global_size, start, seed), start, None)
+    for _ in range(start, stop, global_size):
+        chosen = list(itertools.islice(stream, global_size))
         yield chosen[rank * batch_size:(rank + 1) * batch_size]
 
 
-def shuffle_epochs(num_samples: int, global_batch: int, start: int, seed: int) -> Iterator[tuple]:
+def shuffle_epochs(num_samples: int, global_size: int, start: int, seed: int) -> Iterator[tuple]:
     """Yield (epoch, index) endlessly: each sample once per epoch, in random order, and none twice
     in the same global batch; one such batch begins at `start`."""
     previous_order = np.empty(0, int)
     for epoch in itertools.count():
         order = np.random.default_rng([seed, epoch]).permutation(num_samples)
-        carried = (epoch * num_samples - start) % global_batch if epoch else 0
-        if carried:  # as many of the epoch before are in the open batch (start + k · global_batch)
+        carried = (epoch * num_samples - start) % global_size if epoch else 0
+        if carried:  # as many of the epoch before are in the open batch (start + k · global_size)
             is_new = np.isin(order, previous_order[-carried:], invert=True)
-            first = np.flatnonzero(is_new)[:global_batch - carried]
+            first = np.flatnonzero(is_new)[:global_size - carried]
             order = np.concatenate([order[first], np.delete(order, first)])
         for index in order.tolist():
             yield epoch, index

@@ -435,8 +435,8 @@ def main(argv: list[str] | None = None) -> None:
     loaded = {source: load(source) for source in sources}
     for source, (model, _) in loaded.items():
         model.to("cuda" if torch.cuda.is_available() else "cpu")
-        if model.untrained_names:
-            print(f"{source}: untrained: {', '.join(model.untrained_names)}", file=sys.stderr)
+        if model.missing_names:
+            print(f"{source}: untrained: {', '.join(model.missing_names)}", file=sys.stderr)
     everything = [*BUILT_IN, *find_benchmarks(args.root)]
     names = itertools.chain(*[everything if name == "all" else [name] for name in args.bench])
     records = []

@@ -55,46 +55,46 @@ def beta_cal(visual: Tensor, text: Tensor, image_of_query: Tensor, scale: Tensor
     """
     if form not in ("ce", "bce"):
         raise ValueError(f"form {form!r}: choose 'ce' or 'bce'")
-    visual = scale * normalize_fp32(visual)                                         # [N, D] s · v
+    scaled = scale * normalize_fp32(visual)                                         # [N, D] s · v
     text = normalize_fp32(text)                                                     # [N, D]
     queries_per_image = image_of_query.bincount()                                   # [B]
     sizes = torch.tensor([[len(text), len(queries_per_image), queries_per_image.max()]])
     all_sizes = all_gather(sizes) if global_negatives else sizes                    # [ranks, 3]
-    queries_per_rank, images_per_rank, most_per_rank = all_sizes.T.tolist()
+    queries_per_rank, images_per_rank, k_per_rank = all_sizes.T.tolist()
     if form == "ce":
-        losses = ce_per_query(visual, text, image_of_query, beta, queries_per_rank)     # [N]
+        losses = ce_per_query(scaled, text, image_of_query, beta, queries_per_rank)     # [N]
         denominator = 2 * sum(queries_per_rank)
     else:
-        losses = bce_per_query(visual, text, image_of_query, beta, queries_per_rank)    # [N]
-        denominator = (sum(images_per_rank) * max(most_per_rank)) ** 2                  # (B · K)²
+        losses = bce_per_query(scaled, text, image_of_query, beta, queries_per_rank)    # [N]
+        denominator = (sum(images_per_rank) * max(k_per_rank)) ** 2                     # (B · K)²
     # the definition sums over ranks, but DDP averages over them
     return len(queries_per_rank) * losses.sum() / denominator
 
 
-def ce_per_query(visual: Tensor, text: Tensor, image_of_query: Tensor, beta: float,
+def ce_per_query(scaled: Tensor, text: Tensor, image_of_query: Tensor, beta: float,
                  queries_per_rank: list[int]) -> Tensor:
-    """CE of each query, both directions added: [N]. visual: [N, D], times the scale
+    """CE of each query, both directions added: [N]. scaled: [N, D] s · visual
 
     The cross-entropy of row i is logsumexp_j l[i, j] - Σ_j w[i, j] l[i, j] / Σ_j w[i, j], where
         Σ_j w[i, j]         = 1 + β (number of siblings)
-        Σ_j w[i, j] l[i, j] = (1 - β) l[i, i] + β visual[i] · (sum of text over i and its siblings)
+        Σ_j w[i, j] l[i, j] = (1 - β) l[i, i] + β scaled[i] · (sum of text over i and its siblings)
     """
-    siblings = image_of_query.bincount() - 1                                        # [B]
-    image_of_query = image_of_query.to(visual.device, non_blocking=True)
-    total_weight = (1 + beta * siblings.to(visual, non_blocking=True))[image_of_query]  # [N]
-    zeros = visual.new_zeros(len(siblings), visual.shape[1])                        # [B, D]
-    visual_sum = zeros.index_add(0, image_of_query, visual)[image_of_query]         # [N, D]
+    num_siblings = image_of_query.bincount() - 1                                    # [B]
+    image_of_query = image_of_query.to(scaled.device, non_blocking=True)
+    total_weight = (1 + beta * num_siblings.to(scaled, non_blocking=True))[image_of_query]  # [N]
+    zeros = scaled.new_zeros(len(num_siblings), scaled.shape[1])                    # [B, D]
+    scaled_sum = zeros.index_add(0, image_of_query, scaled)[image_of_query]         # [N, D]
     text_sum = zeros.index_add(0, image_of_query, text)[image_of_query]             # [N, D]
-    diagonal = (visual * text).sum(dim=1)                                           # [N] l[i, i]
-    visual_target = (1 - beta) * diagonal + beta * (visual * text_sum).sum(dim=1)   # [N]
-    text_target = (1 - beta) * diagonal + beta * (visual_sum * text).sum(dim=1)     # [N]
-    over_texts, over_visuals = two_sided_logsumexp(visual, text, queries_per_rank)  # [N], [N]
-    return over_texts + over_visuals - (visual_target + text_target) / total_weight
+    diagonal = (scaled * text).sum(dim=1)                                           # [N] l[i, i]
+    sum_over_texts = (1 - beta) * diagonal + beta * (scaled * text_sum).sum(dim=1)  # [N]
+    sum_over_visuals = (1 - beta) * diagonal + beta * (scaled_sum * text).sum(dim=1)    # [N]
+    over_texts, over_visuals = two_sided_logsumexp(scaled, text, queries_per_rank)  # [N], [N]
+    return over_texts + over_visuals - (sum_over_texts + sum_over_visuals) / total_weight
 
 
-def bce_per_query(visual: Tensor, text: Tensor, image_of_query: Tensor, beta: float,
+def bce_per_query(scaled: Tensor, text: Tensor, image_of_query: Tensor, beta: float,
                   queries_per_rank: list[int]) -> Tensor:
-    """BCE of each query, the sum over its row: [N]. visual: [N, D], times the scale
+    """BCE of each query, the sum over its row: [N]. scaled: [N, D] s · visual
 
     First all pairs count as negatives. Then the few pairs of the same image, in a padded [B, K, K]
     array, are corrected: plus w[i, j] · softplus(-l[i, j]), minus softplus(l[i, j]).
@@ -104,12 +104,12 @@ def bce_per_query(visual: Tensor, text: Tensor, image_of_query: Tensor, beta: fl
     def negatives_of_tile(tile: Tensor) -> Tensor:
         return F.softplus(tile @ all_texts.T).sum(dim=1)
 
-    as_negatives = torch.cat(map_tiles(negatives_of_tile, visual))                  # [N]
-    index, most_queries = grid_index(image_of_query, visual.device)
+    as_negatives = torch.cat(map_tiles(negatives_of_tile, scaled))                  # [N]
+    index, most_queries = grid_index(image_of_query, scaled.device)
     num_images = int(image_of_query[-1]) + 1
-    zeros = visual.new_zeros(num_images, most_queries, visual.shape[1])             # [B, K, D]
-    logits = zeros.index_put(index, visual) @ zeros.index_put(index, text).mT       # [B, K, K]
-    is_query = zeros[:, :, 0].index_put(index, visual.new_ones(()))                 # [B, K] 1 or 0
+    zeros = scaled.new_zeros(num_images, most_queries, scaled.shape[1])             # [B, K, D]
+    logits = zeros.index_put(index, scaled) @ zeros.index_put(index, text).mT       # [B, K, K]
+    is_query = zeros[:, :, 0].index_put(index, scaled.new_ones(()))                 # [B, K] 1 or 0
     weight = torch.full_like(logits[0], beta).fill_diagonal_(1)                     # [K, K] w
     correction = weight * F.softplus(-logits) - F.softplus(logits)
     return as_negatives + (correction * is_query[:, None]).sum(dim=2)[index]
@@ -138,17 +138,17 @@ def map_tiles(function: Callable, rows: Tensor) -> list:
             for tile in rows.split(ROWS_PER_TILE)]
 
 
-def two_sided_logsumexp(visual: Tensor, text: Tensor,
+def two_sided_logsumexp(scaled: Tensor, text: Tensor,
                         queries_per_rank: list[int]) -> tuple[Tensor, Tensor]:
     """Log-sum-exp of the logits: of each visual of this rank over the texts of all ranks [N], and
-    of each text of this rank over the visuals of all ranks [N]. visual, text: [N, D]"""
+    of each text of this rank over the visuals of all ranks [N]. scaled: s · visual, text: [N, D]"""
     all_texts = all_gather_ragged(text, queries_per_rank)                           # [all N, D]
 
     def of_tile(tile: Tensor) -> tuple[Tensor, Tensor]:
         logits = tile @ all_texts.T                                                 # [tile, all N]
         return logits.logsumexp(dim=1), logits.logsumexp(dim=0)
 
-    over_texts, per_tile = zip(*map_tiles(of_tile, visual), strict=True)
+    over_texts, per_tile = zip(*map_tiles(of_tile, scaled), strict=True)
     # the log-sum-exp over all visuals is that of the log-sum-exps over each tile of them
     over_visuals = torch.stack(per_tile).logsumexp(dim=0)                         # [all N]
     if len(queries_per_rank) > 1:

@@ -41,7 +41,7 @@ from loss import grid_index
 
 CONTEXT = 248  # text positions
 FROZEN_POSITIONS = 20  # the first text positions keep CLIP's values (as in Long-CLIP)
-OPENAI = "openai/clip-vit-base-patch16"  # its tokenizer is that of all of OpenAI's CLIPs
+OPENAI_B16 = "openai/clip-vit-base-patch16"  # its tokenizer is that of all of OpenAI's CLIPs
 QUOTES = {"’": "'", "‘": "'", "“": '"', "”": '"'}  # OpenAI's own tokenizer straightens them
 POOLER_FILE = "pooler.safetensors"
 NEW_PREFIX = "model."  # of new parameters in POOLER_FILE; those of the pooler have no prefix
@@ -71,7 +71,7 @@ class BetaCLIP(nn.Module):
         self.clip = clip
         self.pooler = PatchPooler(clip.config.projection_dim)
         self.use_pooler = False  # whether the pooler is trained, saved and evaluated
-        self.untrained_names: list[str] = []  # those that the loaded checkpoint did not have
+        self.missing_names: list[str] = []  # those that the loaded checkpoint did not have
         self.image_size = clip.config.vision_config.image_size
         self.register_buffer("mean_and_std", torch.tensor([mean, std]), persistent=False)
 
@@ -245,10 +245,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int, texts: Pac
 
     # texts of equal length stand side by side, so that they are a dense batch
     counts = [count for _, count in texts.groups]
-    tokens = [length * count for length, count in texts.groups]
-    queries = query.split(counts if only_eos else tokens)
+    sizes = [length * count for length, count in texts.groups]
+    queries = query.split(counts if only_eos else sizes)
     out = []
-    for count, q, k, v in zip(counts, queries, key.split(tokens), value.split(tokens), strict=True):
+    for count, q, k, v in zip(counts, queries, key.split(sizes), value.split(sizes), strict=True):
         q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=not only_eos)
         out.append(attended.transpose(1, 2).flatten(0, 1))
@@ -292,7 +292,7 @@ def load(source: str | Path) -> tuple[BetaCLIP, CLIPTokenizer]:
     folder = Path(source, "hf") if Path(source, "hf").is_dir() else source
     if Path(source).is_file():
         model = from_authors(read_checkpoint(source, "state_dict")["state_dict"], str(source))
-        folder = OPENAI
+        folder = OPENAI_B16
     else:
         model = from_hugging_face(folder)
     with input_errors(f"{folder}: the tokenizer cannot be loaded"):
@@ -361,10 +361,10 @@ def from_hugging_face(source: str | Path) -> BetaCLIP:
 
 def load_weights(model: BetaCLIP, state: dict[str, Tensor], source: str | Path) -> None:
     """Load all weights of a checkpoint. A parameter that neither it nor a stock CLIP has keeps its
-    initial value, and is in model.untrained_names. Raises InputError if the weights do not fit."""
+    initial value, and is in model.missing_names. Raises InputError if the weights do not fit."""
     with input_errors(f"{source}: the weights do not fit"):
         missing, unknown = model.load_state_dict(state, strict=False)
-    model.untrained_names = [name for name in missing if name not in model.stock_names
+    model.missing_names = [name for name in missing if name not in model.stock_names
                             and (model.use_pooler or not name.startswith("pooler."))]
     wrong = unknown + [name for name in missing if name in model.stock_names]
     if wrong:

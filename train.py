@@ -70,7 +70,7 @@ FLAGS = {  # name: type or choices, default or (default on scenes, that of the p
     "save-every": (int, 500, "steps between checkpoints; there is one after each epoch, too"),
     "eval-every": (float, 1.0, "epochs between evaluations"),
 }
-FROZEN = {"image": ("vision_model", "visual_projection"), "text": ("text_model", "text_projection")}
+TOWERS = {"image": ("vision_model", "visual_projection"), "text": ("text_model", "text_projection")}
 MAY_BE_ZERO = {"beta", "cal_weight", "sentences", "phrases", "lr", "lr_pooler", "warmup", "wd",
                "workers", "seed"}
 MAY_CHANGE_ON_RESUME = {"command", "out", "root", "val", "workers", "save_every", "eval_every",
@@ -105,8 +105,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             raise InputError(f"--{name.replace('_', '-')} {value} is out of range")
     args.command = shlex.join(sys.argv[1:] if argv is None else argv)
     if args.amp is None:
-        is_ampere = models.GPU_CAPABILITY >= (8, 0)
-        args.amp = "bf16" if is_ampere else "fp16" if torch.cuda.is_available() else "off"
+        has_bf16 = models.GPU_CAPABILITY >= (8, 0)
+        args.amp = "bf16" if has_bf16 else "fp16" if torch.cuda.is_available() else "off"
     cal = "none" if args.cal == "none" else f"{args.cal}-beta{args.beta:g}"
     args.out = args.out or f"runs/{Path(args.data).stem}-{cal}-seed{args.seed}"
     return args
@@ -207,9 +207,9 @@ class Progress:
     bad_steps: int = 0  # of these, in a row so far
     eval_due: bool = True  # before the next step
 
-    def passed(self, images: float, per_step: int) -> bool:
-        """Whether the last step passed a multiple of `images`."""
-        return self.seen // images > (self.seen - per_step) // images
+    def crossed(self, interval: float, per_step: int) -> bool:
+        """Whether the last step passed a multiple of `interval` images."""
+        return self.seen // interval > (self.seen - per_step) // interval
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
@@ -271,10 +271,10 @@ def build(args: argparse.Namespace) -> tuple[BetaCLIP, CLIPTokenizer, data.Capti
     else:
         model, tokenizer = models.load(args.model)
     pooler = "none" if args.cal == "none" else "continued" if model.use_pooler else "new"
-    say(f"model: {args.model}; pooler: {pooler}; new parameters: {model.untrained_names or 'none'}")
+    say(f"model: {args.model}; pooler: {pooler}; new parameters: {model.missing_names or 'none'}")
     model.use_pooler = args.cal != "none"
     model.pooler.requires_grad_(model.use_pooler)
-    for name in FROZEN[args.freeze] if args.freeze else ():
+    for name in TOWERS[args.freeze] if args.freeze else ():
         model.clip.get_submodule(name).requires_grad_(False)
     if args.grad_checkpointing:
         model.run_layer = partial(checkpoint, model.run_layer, use_reentrant=False)
@@ -426,9 +426,9 @@ def main(argv: list[str] | None = None) -> None:
                 break
             handle_signals(on_signal)
 
-            at = progress.seen / per_step
-            lr = cosine(at, total_steps, args.lr, 1e-2 * args.lr, warmup, start=1e-4 * args.lr)
-            lr_pooler = cosine(at, total_steps, args.lr_pooler, 0.1 * args.lr_pooler)
+            at_step = progress.seen / per_step
+            lr = cosine(at_step, total_steps, args.lr, 1e-2 * args.lr, warmup, start=1e-4 * args.lr)
+            lr_pooler = cosine(at_step, total_steps, args.lr_pooler, 0.1 * args.lr_pooler)
             for group in optimizer.param_groups:
                 group["lr"] = lr if group["part"] == "backbone" else lr_pooler
             losses, norm, is_finite = train_step(ddp_model, batches, optimizer, scaler, args)
@@ -460,9 +460,9 @@ def main(argv: list[str] | None = None) -> None:
                     pooler_scale=model.pooler.logit_scale.exp().item(), skipped=progress.skipped,
                     images_per_s=speed, peak_gib=torch.cuda.max_memory_allocated() / 2**30)
 
-            progress.eval_due = is_last or progress.passed(args.eval_every * epoch_size, per_step)
-            is_due = progress.step % args.save_every == 0 or progress.passed(epoch_size, per_step)
-            if is_due or progress.eval_due or stop_signal:
+            progress.eval_due = is_last or progress.crossed(args.eval_every * epoch_size, per_step)
+            to_save = progress.step % args.save_every == 0 or progress.crossed(epoch_size, per_step)
+            if to_save or progress.eval_due or stop_signal:
                 save()
             if stop_signal:
                 name = signal.Signals(stop_signal.item()).name

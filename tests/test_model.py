@@ -171,7 +171,7 @@ class Extended(models.BetaCLIP):
 def test_new_parameters_are_as_built_and_are_saved(clip_folder, tmp_path, monkeypatch, use_pooler):
     monkeypatch.setattr(models, "BetaCLIP", Extended)
     model, tokenizer = models.load(clip_folder)
-    assert model.untrained_names == ["logit_scale", "clip.text_model.gate"]
+    assert model.missing_names == ["logit_scale", "clip.text_model.gate"]
     assert (model.logit_scale, model.clip.text_model.gate) == (1, 2)
     model.logit_scale.data.add_(10)
     model.clip.text_model.gate.data.add_(10)
@@ -181,7 +181,7 @@ def test_new_parameters_are_as_built_and_are_saved(clip_folder, tmp_path, monkey
     assert not report["missing_keys"] and not report["unexpected_keys"]
     loaded, _ = models.load(tmp_path)
     assert (loaded.logit_scale, loaded.clip.text_model.gate) == (11, 12)
-    assert (loaded.untrained_names, loaded.use_pooler) == ([], use_pooler)
+    assert (loaded.missing_names, loaded.use_pooler) == ([], use_pooler)
     monkeypatch.undo()
     with pytest.raises(models.InputError, match="missing or unknown weights: .*gate"):
         models.load(tmp_path)  # the model of this file has no such parameter
@@ -192,7 +192,7 @@ def test_new_parameters_are_as_built_and_are_saved(clip_folder, tmp_path, monkey
 def test_an_authors_checkpoint_loads_and_gives_their_numbers(
         golden, authors_tiny, clip_folder, tmp_path, monkeypatch, form, name):
     shutil.copy(golden / "authors_checkpoint.pt", tmp_path / name)
-    monkeypatch.setattr(models, "OPENAI", str(clip_folder))
+    monkeypatch.setattr(models, "OPENAI_B16", str(clip_folder))
     model, _ = models.load(tmp_path / name)
     case = torch.load(golden / "forward.pt", weights_only=True)
     rows = []
