@@ -235,22 +235,22 @@ def split_captions(columns: dict[str, list], row_numbers: list[int],
                    with_phrases: bool) -> dict[str, list]:
     """Split the captions of some rows: row [R], sentences [R][caption][sentence] and, from
     `extract_phrases`, phrases [R][caption][sentence][type][i]. Rows with no caption are dropped."""
-    rows = {"row": [], "sentences": [], "phrases": []}
+    result = {"row": [], "sentences": [], "phrases": []}
     for number, cell in zip(row_numbers, columns["caption"], strict=True):
         captions = [split_sentences(remove_repetitions(text)) for text in captions_of(cell)]
         captions = [sentences for sentences in captions if sentences]
         if captions:
-            rows["row"].append(number)
-            rows["sentences"].append(captions)
+            result["row"].append(number)
+            result["sentences"].append(captions)
     phrases = itertools.repeat([[], [], []])  # one item for each sentence
     if with_phrases:
         nlp, matchers = load_spacy()
-        all_sentences = itertools.chain(*itertools.chain(*rows["sentences"]))
+        all_sentences = itertools.chain(*itertools.chain(*result["sentences"]))
         texts = (sentence.removesuffix(".") + "." for sentence in all_sentences)
         phrases = (extract_phrases(doc, matchers) for doc in nlp.pipe(texts, batch_size=256))
-    for captions in rows["sentences"]:
-        rows["phrases"].append([[next(phrases) for _ in sentences] for sentences in captions])
-    return rows
+    for captions in result["sentences"]:
+        result["phrases"].append([[next(phrases) for _ in sentences] for sentences in captions])
+    return result
 
 
 @cache

@@ -168,7 +168,7 @@ def embed_captions(model: BetaCLIP, tokenizer: CLIPTokenizer,
     """The embeddings of all captions [T, D], and the index of the image of each [T]."""
     pairs = [(text, row.image) for row in rows if row.box is None for text in row.texts]
     texts = embed_texts(model, tokenizer, [text for text, _ in pairs])
-    return texts, torch.tensor([image for _, image in pairs], device=texts.device)
+    return texts, torch.tensor([index for _, index in pairs], device=texts.device)
 
 
 @torch.no_grad()

@@ -348,12 +348,12 @@ def resume(path: Path, args: argparse.Namespace, stateful: dict, meta: dict) -> 
 def make_loader(args: argparse.Namespace, samples: data.Captions | data.Scenes,
                 tokenizer: CLIPTokenizer, seen: int, left: int) -> DataLoader:
     """Make a loader of this process's batches: of the `left` images after the first `seen` ones."""
-    order = data.sample_order(len(samples), args.batch_size, seen, seen + left, rank(),
+    batches = data.sample_order(len(samples), args.batch_size, seen, seen + left, rank(),
                               world_size(), args.seed)
     # a forked worker ends with its parent process, unlike a forkserver's
     context = "fork" if args.workers and sys.platform == "linux" else None
     return DataLoader(
-        samples, batch_sampler=order,
+        samples, batch_sampler=batches,
         collate_fn=partial(data.collate, tokenizer=tokenizer, captions_only=args.cal == "none"),
         num_workers=args.workers, multiprocessing_context=context,
         pin_memory=torch.cuda.is_available(), timeout=LOADER_TIMEOUT if args.workers else 0,
