@@ -78,8 +78,7 @@ def recall(similarity: Tensor, image_of_text: Tensor, ks: tuple[int, ...] = (1, 
     Ties and NaN count against the model; else, equal scores for all pairs would be perfect."""
     own = similarity.gather(1, image_of_text[:, None])                              # [T, 1]
     t2i_rank = (~(similarity < own)).sum(dim=1) - 1     # its own image is not counted  [T]
-    image = torch.arange(similarity.shape[1], device=similarity.device)
-    is_own = image_of_text[:, None] == image                                        # [T, I]
+    is_own = image_of_text[:, None] == torch.arange(similarity.shape[1], device=similarity.device)
     best_own = similarity.masked_fill(~is_own, -torch.inf).amax(dim=0)              # [I]
     others = similarity.masked_fill(is_own, -torch.inf)
     i2t_rank = (~(others < best_own)).sum(dim=0)[is_own.any(dim=0)]     # of images with a text
@@ -307,6 +306,7 @@ METRICS = ("T2I R@1", "I2T R@1", "hard", "medium", "easy", "trivial", "pointing"
 REFERENCES = {
     "urban1k": ("CE 89.0, BCE 91.8", "CE 88.6, BCE 92.3"), "dci": ("CE 59.9, BCE 65.1", "BCE 63.6"),
     "sv1k": ("CE 93.7, BCE 94.4", "CE 94.0, BCE 94.1"), "coco": ("CE 33.2*", "CE 45.6*"),
+    "flickr30k": ("CE 64.0*", "CE 74.5*"), "docci": ("CE 67.9*", "CE 68.0*"),
     "fgovd": ("", "", "CE 30.9, BCE 20.1", "CE 55.4, BCE 38.5", "CE 60.4, BCE 34.2",
               "CE 80.3, BCE 71.3"),
     "scenes": ("", "", *["chance 9.1"] * 4, "chance 25.0")}
@@ -388,7 +388,7 @@ def format_table(task: Task, scores_of_models: dict[str, Scores]) -> str:
     source = f" ({task.source})" if task.source else ""
     names = "".join(f"{name:>8}  " for name in scores_of_models)
     lines = [f"{task.name}{source}: {', '.join(counts)}", f"{'metric':<18}{names}reference"]
-    references = dict(zip(METRICS, REFERENCES.get(task.name, ()), strict=False))
+    references = dict(zip(METRICS, REFERENCES.get(Path(task.name).stem, ()), strict=False))
     for metric in dict.fromkeys(itertools.chain(*scores_of_models.values())):
         line = f"{metric:<18}"
         for name, scores in scores_of_models.items():
