@@ -62,7 +62,7 @@ class Captions:
         is_sharegpt4v = any(SHAREGPT4V in f"{file} {Path(file).resolve()}" for file in files)
         has_both = all(Path(root, name).is_file() for name in SHAREGPT4V_LISTS)
         if is_sharegpt4v and (len(files) > 1 or has_both):
-            raise InputError(f"{source}: leave only one list of ShareGPT4V, to leave SV-1k out")
+            raise InputError(f"{source}: keep only one list of ShareGPT4V, to hold SV-1k out")
         held_out = min(NUM_HELD_OUT, len(rows)) if is_sharegpt4v else 0
         listed = len(rows) - held_out
         kept = list(range(held_out, len(rows)))
@@ -185,7 +185,7 @@ def make_queries(sentences: list[str], phrases: list[list[list[str]]], limits: t
     """Draw the queries of a sample, [(text, level)]: first the caption query, some sentences of a
     caption; then these sentences; and their phrases (`phrases` has those of each sentence, from
     `extract_phrases`). limits: maximum numbers of sentences (drawn at random; if fewer, all in
-    order) and of phrases (the first). With 0, the caption still has up to CAPTION_SENTENCES."""
+    order) and of phrases (the first). At 0 sentences, it still joins CAPTION_SENTENCES."""
     max_sentences, max_phrases = limits
     chosen = range(len(sentences))
     if len(chosen) >= (max_sentences or CAPTION_SENTENCES):
@@ -324,8 +324,8 @@ def code_of(function: Callable, found: dict[str, str] | None = None) -> dict[str
 
 # ---- images --------------------------------------------------------------------------------------
 def open_image(image: str | dict, root: str | Path, min_side: int | None = None) -> Image.Image:
-    """Open the image in a cell, upright, in RGB. For speed a JPEG is decoded at 1/2, 1/4 or 1/8 of
-    its size, if both sides keep the pixels that are needed. Raises IMAGE_ERRORS."""
+    """Open the image in a cell, upright, in RGB. With min_side, a JPEG is decoded at 1/2, 1/4 or
+    1/8 of its size, for speed, if both sides keep min_side pixels. Raises IMAGE_ERRORS."""
     stored = isinstance(image, dict) and image["bytes"]
     file = io.BytesIO(stored) if stored else resolve_path(image, root)
     if file is None:
@@ -337,7 +337,7 @@ def open_image(image: str | dict, root: str | Path, min_side: int | None = None)
 
 
 def resolve_path(image: str | dict, root: str | Path) -> str | None:
-    """The path of an image, from a name under root or {"path"}; None if it is outside of root."""
+    """The path of an image, a name or {"path"}; None if a name leads out of root."""
     folder = os.path.join(os.path.abspath(root), "")
     if isinstance(image, dict):
         image = image["path"] or ""
@@ -432,7 +432,7 @@ def shuffle_epochs(num_samples: int, global_size: int, start: int, seed: int) ->
     for epoch in itertools.count():
         order = np.random.default_rng([seed, epoch]).permutation(num_samples)
         carried = (epoch * num_samples - start) % global_size if epoch else 0
-        if carried:  # as many of the epoch before are in the open batch (start + k · global_size)
+        if carried:  # so many of the epoch before are in the batch that this one completes
             is_new = np.isin(order, previous_order[-carried:], invert=True)
             first = np.flatnonzero(is_new)[:global_size - carried]
             order = np.concatenate([order[first], np.delete(order, first)])

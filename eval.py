@@ -2,7 +2,7 @@
 
     python eval.py                                                  # the latest run, on the scenes
     python eval.py --bench urban1k fgovd --root DATA --ckpt RUN openai/clip-vit-base-patch16
-    python eval.py --bench all pairs.jsonl --root DATA              # all under DATA; your own pairs
+    python eval.py --bench all pairs.jsonl --root DATA      # scenes, all under DATA; your own pairs
 """
 
 import argparse
@@ -127,7 +127,7 @@ def evaluate_fine_grained(model: BetaCLIP, tokenizer: CLIPTokenizer, task: Task)
                 region = embed_box(patches_of_image, box.to(patches))               # [D]
                 if not region.any():  # all texts would be equally similar to it
                     raise InputError(f"{task.images[index]}: the box {row.box} is outside of it")
-                scores = (row_texts * region).sum(dim=1)  # unlike by @, equal for equal texts
+                scores = (row_texts * region).sum(dim=1)  # equal texts score equal, unlike with @
                 hits[row.difficulty].append(scores[0] >= scores[1:].max())
     return {name: 100 * torch.stack(hits[name]).double().mean().item() for name in hits}
 

@@ -147,7 +147,7 @@ def main() -> None:
         cells = [mean_and_deviation([run[metric] for run in scores[name] if metric in run])
                  for metric in COLUMNS]
         print(f"| {name} | {' | '.join(cells)} | {paper} |")
-    print("\n| the paper finds | there | here | |\n| --- | ---: | ---: | --- |")
+    print("\n| the paper finds | there | here | the difference here |\n| --- | ---: | ---: | --- |")
     for text, name, other_name, metric, paper in FINDINGS:
         if not all(scores[name] + scores[other_name]):
             continue

@@ -176,11 +176,11 @@ def test_sv1k_is_never_trained_on(monkeypatch, name):
         assert "left out: 3 of the test set SV-1k, 0 (of 5)" in read(source).summary
     assert [row.texts for row in evaluation.read_sv1k(path)] == [[f"Number {i}"] for i in range(3)]
     write_file(Path("lists/more.json"), rows)
-    with pytest.raises(data.InputError, match="leave only one list of ShareGPT4V"):
+    with pytest.raises(data.InputError, match="keep only one list of ShareGPT4V"):
         read("lists")
     for other in data.SHAREGPT4V_LISTS:
         write_file(IMAGES / other, rows)
-    with pytest.raises(data.InputError, match="leave only one list of ShareGPT4V"):
+    with pytest.raises(data.InputError, match="keep only one list of ShareGPT4V"):
         read(path)
 
 
