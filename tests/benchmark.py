@@ -5,8 +5,7 @@
     python tests/benchmark.py --device cuda                 # also steps of ViT-B/16 and ViT-L/14
 
 Both sides of a line are timed alternately (A B A B …), and medians are printed. Weights and tokens
-are random; texts are as long as real ones, but for the longest phrases, which favours the padded
-baselines.
+are random; texts are as long as real ones, but for the longest phrases.
 """
 
 import argparse

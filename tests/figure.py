@@ -5,8 +5,7 @@
 Of each scene of the split val, the contrast of a query is the mean similarity of the patches in the
 quarter that it describes, less that of all others. The scene that is drawn is the one in which the
 two models' mean contrasts differ by the median: half of the scenes show the difference more clearly
-and half less. Maps show similarity less its mean over the picture; a query's two maps share one
-colour scale, from dark blue, the negative of its highest absolute value, to yellow.
+and half less. Maps show similarity less its mean; a query's two maps share one colour scale.
 """
 
 import sys

@@ -96,6 +96,8 @@ def test_beta_cal_and_its_gradients_equal_the_definition(form, beta, tiles):
         value = function(visual, text, image_of_query, scale, beta, form)
         results.append([value, *torch.autograd.grad(value, [visual, text, scale])])
     torch.testing.assert_close(*results, atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match="form 'soft': choose 'ce' or 'bce'"):
+        loss.beta_cal(visual, text, image_of_query, scale, beta, "soft")
 
 
 @pytest.mark.parametrize("name", ["clip", "ce", "bce"])
