@@ -330,9 +330,9 @@ def resume(path: Path, args: argparse.Namespace, stateful: dict, meta: dict) -> 
         changes.append(f"other data, of {saved['data']['rows']} rows (now {meta['data']['rows']})")
     if changes:
         raise InputError(f"{path} is from a run with {', '.join(changes)}: use another --out")
-    for name, part in stateful.items():
+    for name, owner in stateful.items():
         with input_errors(f"{path} does not fit the model"):
-            part.load_state_dict(saved[name])
+            owner.load_state_dict(saved[name])
     progress = Progress(**{name: saved[name] for name in Progress.__annotations__ if name in saved})
     steps = progress.step + math.ceil((progress.total - progress.seen) / per_step)
     say(f"run: resuming {args.out} at step {progress.step} of {steps}, of {per_step} images each, "
@@ -400,7 +400,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def save() -> None:
         if rank() == 0:
-            states = {name: part.state_dict() for name, part in stateful.items()}
+            states = {name: owner.state_dict() for name, owner in stateful.items()}
             save_checkpoint(path, states | meta | asdict(progress))
 
     if not path.is_file():  # makes the folder, or fails; a late rank may load it: the same state
