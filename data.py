@@ -185,7 +185,7 @@ def make_queries(sentences: list[str], phrases: list[list[list[str]]], limits: t
     """Draw the queries of a sample, [(text, level)]: first the caption query, some sentences of a
     caption; then these sentences; and their phrases (`phrases` has those of each sentence, from
     `extract_phrases`). limits: maximum numbers of sentences (drawn at random; if fewer, all in
-    order) and of phrases (the first). At 0 sentences, it still joins CAPTION_SENTENCES."""
+    order) and of phrases (the first). At 0 sentences, captions still join CAPTION_SENTENCES."""
     max_sentences, max_phrases = limits
     chosen = range(len(sentences))
     if len(chosen) >= (max_sentences or CAPTION_SENTENCES):
@@ -356,9 +356,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_pixels(image: Image.Image, size: int, stretch: bool = False) -> Tensor:
-    """Pixels for evaluation, uint8 [3, size, size]: the centre of the image, resized by its shorter
-    side; or, if `stretch`, the whole image, whatever its aspect ratio (FG-OVD)."""
-    image = to_rgb(image)
+    """Pixels for evaluation, uint8 [3, size, size], of an image as `to_rgb` makes it: its centre,
+    resized by the shorter side; or, if `stretch`, all of it, whatever its aspect ratio (FG-OVD)."""
     if stretch:
         return pil_to_tensor(image.resize((size, size)))
     return pil_to_tensor(center_crop(resize(image, size, Image.Resampling.BICUBIC), size))

@@ -150,7 +150,7 @@ def two_sided_logsumexp(scaled: Tensor, text: Tensor,
 
     over_texts, per_tile = zip(*map_tiles(of_tile, scaled), strict=True)
     # the log-sum-exp over all visuals is that of the log-sum-exps over each tile of them
-    over_visuals = torch.stack(per_tile).logsumexp(dim=0)                         # [all N]
+    over_visuals = torch.stack(per_tile).logsumexp(dim=0)                           # [all N]
     if len(queries_per_rank) > 1:
         over_visuals = all_gather(over_visuals[None]).logsumexp(dim=0)              # [all N]
         over_visuals = over_visuals.split(queries_per_rank)[rank()]                 # [N]

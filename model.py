@@ -110,7 +110,7 @@ class BetaCLIP(nn.Module):
             x = self.run_layer(text_layer, layer, x, texts)
         x = text_layer(last_layer, x, texts, only_eos=True)                         # [n, C]
         x = self.clip.text_projection(text_model.final_layer_norm(x))               # [n, D]
-        return x[texts.inverse]                                                    # [N, D]
+        return x[texts.inverse]                                                     # [N, D]
 
     def run_layer(self, function: Callable, *args: object) -> Tensor:
         """Call any layer but the last; train.py may wrap this in gradient checkpointing."""

@@ -349,7 +349,7 @@ def make_loader(args: argparse.Namespace, samples: data.Captions | data.Scenes,
                 tokenizer: CLIPTokenizer, seen: int, left: int) -> DataLoader:
     """Make a loader of this process's batches: of the `left` images after the first `seen` ones."""
     batches = data.sample_order(len(samples), args.batch_size, seen, seen + left, rank(),
-                              world_size(), args.seed)
+                                world_size(), args.seed)
     # a forked worker ends with its parent process, unlike a forkserver's
     context = "fork" if args.workers and sys.platform == "linux" else None
     return DataLoader(
@@ -394,7 +394,7 @@ def main(argv: list[str] | None = None) -> None:
     code = {name: hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest()
             for name in CODE_FILES}
     meta = {"args": vars(args), "world": world_size(), "code": code,
-             "data": {"rows": len(samples), "fingerprint": samples.fingerprint}}
+            "data": {"rows": len(samples), "fingerprint": samples.fingerprint}}
     path = Path(args.out, "checkpoint.pt")
     progress = resume(path, args, stateful, meta)
 

@@ -137,7 +137,7 @@ def test_pixels_are_upright_and_stock(tmp_path, name, decoded, most, orientation
     exif = Image.Exif()
     exif[0x112] = orientation
     upright.transpose(turn).save(tmp_path / f"turned {name}", exif=exif, quality=95)
-    pixels = data.to_pixels(Image.open(tmp_path / f"turned {name}"), 64).float()
+    pixels = data.to_pixels(data.open_image(f"turned {name}", tmp_path), 64).float()
     assert (pixels - data.to_pixels(upright, 64)).abs().mean() <= most
     for seed in range(3):
         images = [data.open_image(path, tmp_path, 128) for path in (name, f"turned {name}")]
